@@ -1,0 +1,38 @@
+# Everything is self-sufficient on a fresh clone with Python 3.11+ and make.
+PYTHON ?= python3
+PLATFORM ?= adworld
+BIN := .venv/bin
+DATA_FLAG := $(if $(DATA),--data "$(DATA)")
+
+.PHONY: demo test lint ui sql scoreboard clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/ready ## Run the whole pipeline: PLATFORM=adworld (default) or PLATFORM=kuairand DATA=folder
+	@$(BIN)/mtmd demo --platform $(PLATFORM) $(DATA_FLAG)
+
+test: .venv/ready ## All tests
+	$(BIN)/pytest
+
+lint: .venv/ready ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: .venv/ready ## The Dagster UI on http://localhost:3000
+	@$(BIN)/mtmd ui
+
+sql: .venv/ready ## A DuckDB prompt on the tables, or one query: make sql Q="FROM slice_metrics"
+	@$(BIN)/mtmd sql --platform $(PLATFORM) $(if $(Q),"$(Q)")
+
+scoreboard: .venv/ready ## LogMAE by slice and task
+	@$(BIN)/mtmd scoreboard --platform $(PLATFORM)
+
+clean: ## Remove the environment; the home (.mtmd) stays
+	rm -rf .venv
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

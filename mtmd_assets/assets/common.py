@@ -1,0 +1,163 @@
+"""What every stage shares: asset keys, partitions, and reporting days one by one to Dagster."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from typing import Any
+
+import dagster as dg
+
+from mtmd_assets import model_store
+from mtmd_assets.faults import Withheld
+from mtmd_assets.home import Site
+from mtmd_assets.model_store import ModelRecord
+from mtmd_assets.platform import Platform
+
+Metadata = dict[str, Any]
+
+
+def asset_key(platform: Platform, table: str) -> dg.AssetKey:
+    """`<platform>/<table>`."""
+    return dg.AssetKey([platform.name, table])
+
+
+def daily_partitions(platform: Platform) -> dg.DailyPartitionsDefinition:
+    """The platform's days, in its own time zone, from its first day to its last (or yesterday)."""
+    end = None if platform.end is None else (platform.end + timedelta(1)).isoformat()
+    return dg.DailyPartitionsDefinition(start_date=platform.start.isoformat(), end_date=end, timezone=platform.time_zone)
+
+
+def preview(con: Any, query: str, rows: int = 5) -> dg.MarkdownMetadataValue:
+    """The first rows of a query as a table a person can read."""
+    from mtmd_assets.pictures import markdown_table
+
+    cursor = con.execute(f"SELECT * FROM ({query}) LIMIT {rows}")
+    header = [c[0] for c in cursor.description]
+    return dg.MetadataValue.md(markdown_table(header, cursor.fetchall()))
+
+
+@dataclass
+class Done:
+    """What a stage published of one day."""
+
+    metadata: dict[str, Metadata]
+    """Table -> asset metadata."""
+    checks: list[dg.AssetCheckResult] = field(default_factory=list)
+
+
+class Refused(RuntimeError):
+    """A day was built, checked and not published. `checks` say why."""
+
+    def __init__(self, message: str, checks: list[dg.AssetCheckResult], metadata: dict[str, Metadata] | None = None):
+        super().__init__(message)
+        self.checks = checks
+        self.metadata = metadata or {}
+        """Audit tables that were published all the same."""
+
+
+class DayReport:
+    """Reports the days of one run to Dagster.
+
+    A run of one day yields its results. A run of several days (a backfill) logs each table the moment it is published,
+    so that a day stands on its own whatever becomes of the others.
+    """
+
+    def __init__(self, context: dg.AssetExecutionContext, platform: Platform):
+        self.context, self.platform = context, platform
+        self.several = len(context.partition_keys) > 1
+        self.done: dict[str, Metadata] = {}
+        self.checks: dict[tuple[dg.AssetKey, str], list[tuple[date, dg.AssetCheckResult]]] = {}
+        self.failures: dict[date, Exception] = {}
+
+    def selected(self, tables: Iterable[str]) -> bool:
+        """Whether the run asks for any of these tables."""
+        return any(asset_key(self.platform, t) in self.context.selected_asset_keys for t in tables)
+
+    def add(self, day: date, done: Done) -> None:
+        """A stage of a day was published."""
+        self._checked(day, done.checks)
+        for table, metadata in done.metadata.items():
+            key = asset_key(self.platform, table)
+            if key not in self.context.selected_asset_keys:
+                continue
+            if self.several:
+                self.context.log_event(dg.AssetMaterialization(key, partition=day.isoformat(), metadata=metadata))
+            else:
+                self.done[table] = metadata
+
+    def fail(self, day: date, error: Exception) -> None:
+        """A day could not be published; the others go on."""
+        self.failures[day] = error
+        self.context.log.error(f"{day} is not published: {error}")
+        if isinstance(error, Refused):
+            self._checked(day, error.checks)
+            for table, metadata in error.metadata.items():
+                self.context.log_event(
+                    dg.AssetMaterialization(asset_key(self.platform, table), partition=day.isoformat(), metadata=metadata)
+                )
+
+    def finish(self) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        """Yield results, checks last.
+
+        Raises:
+            dagster.Failure: if a day was not published, with each day's reason.
+        """
+        for table, metadata in self.done.items():
+            yield dg.MaterializeResult(asset_key=asset_key(self.platform, table), metadata=metadata)
+        for results in self.checks.values():
+            yield _together(results)
+        if self.failures:
+            reasons = "\n".join(f"{day}: {error}" for day, error in self.failures.items())
+            raise dg.Failure(
+                description=f"not published: {', '.join(str(d) for d in self.failures)}\n{reasons}",
+                metadata={str(day): dg.MetadataValue.md(f"```\n{error}\n```") for day, error in self.failures.items()},
+                allow_retries=False,
+            )
+
+    def _checked(self, day: date, results: list[dg.AssetCheckResult]) -> None:
+        for r in results:
+            assert r.asset_key is not None
+            assert r.check_name is not None
+            spec = dg.AssetCheckKey(asset_key=r.asset_key, name=r.check_name)
+            if spec in self.context.selected_asset_check_keys:
+                self.checks.setdefault((r.asset_key, r.check_name), []).append((day, r))
+
+
+def _together(results: list[tuple[date, dg.AssetCheckResult]]) -> dg.AssetCheckResult:
+    """One check result of several days: passed if all did; the failing days' metadata, or the last day's."""
+    if len(results) == 1:
+        return results[0][1]
+    first = results[0][1]
+    failing = [(d, r) for d, r in results if not r.passed]
+    shown = failing or results[-1:]
+    return dg.AssetCheckResult(
+        asset_key=first.asset_key,
+        check_name=first.check_name,
+        passed=not failing,
+        severity=first.severity,
+        description="\n".join(f"{d}: {r.description}" for d, r in shown),
+        metadata={f"{d} {k}": v for d, r in shown for k, v in r.metadata.items()} | {"days": len(results), "failing days": len(failing)},
+    )
+
+
+def day_before(platform: Platform, table: str) -> dg.AssetDep:
+    """A dependency on the day before."""
+    return dg.AssetDep(asset_key(platform, table), partition_mapping=dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1))
+
+
+def scored_by(context: dg.AssetExecutionContext, site: Site, day: date) -> ModelRecord | None:
+    """The model that scores `day`: the one trained through the day before; None where none can exist yet.
+
+    Raises:
+        dagster.Failure: if the model or the day's examples are not published.
+    """
+    first = site.platform.first_window_end + timedelta(1)
+    if day < first:
+        context.log.info(f"{day}: nothing to do, the first model can score {first}")
+        return None
+    try:
+        if not site.warehouse.published("joined_examples", day):
+            raise Withheld(f"joined_examples of {day} is not published: run {site.platform.name}_data for it")
+        return model_store.trained_on(site, day - timedelta(1))
+    except Withheld as e:
+        raise dg.Failure(str(e), allow_retries=False) from e

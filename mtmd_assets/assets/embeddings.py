@@ -1,0 +1,115 @@
+"""Embeddings of day D's requests and items, by the model trained through D-1: one version for both towers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from mtmd_assets import model_store
+from mtmd_assets.assets.common import asset_key, daily_partitions, day_before, preview, scored_by
+from mtmd_assets.home import Site
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from duckdb import DuckDBPyConnection
+
+TABLES = {
+    "item_embeddings": "The item tower's vectors, a row an item x product x task.",
+    "query_embeddings": "The query tower's vectors, a row a request x task.",
+}
+
+
+def embedding_assets(site: Site) -> dg.AssetsDefinition:
+    """The multi-asset that publishes both towers' embeddings of one day."""
+    platform = site.platform
+    deps = [day_before(platform, "models"), asset_key(platform, "joined_examples")]
+
+    @dg.multi_asset(
+        name=f"{platform.name}_embeddings",
+        specs=[
+            dg.AssetSpec(asset_key(platform, t), deps=deps, description=d, group_name=platform.name, skippable=True)
+            for t, d in TABLES.items()
+        ],
+        partitions_def=daily_partitions(platform),
+        backfill_policy=dg.BackfillPolicy.multi_run(1),
+    )
+    def embeddings(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        day = date.fromisoformat(context.partition_key)
+        record = scored_by(context, site, day)
+        if record is None:
+            return
+        model = model_store.load(site, record)
+        items, item_keys = _snapshot(site, day, "item")
+        queries, query_keys = _snapshot(site, day, "query")
+        with site.warehouse.stage(context.run_id) as stage, site.warehouse.connect() as con:
+            con.register("items", _long(items, item_keys, model.embed_items(items), record.version))
+            con.register("queries", _long(queries, query_keys, model.embed_queries(queries), record.version))
+            stage.write(con, "item_embeddings", day, "FROM items")
+            stage.write(con, "query_embeddings", day, "FROM queries")
+            stage.publish()
+            yield from (_result(site, con, table, day, record.version) for table in TABLES)
+
+    return embeddings
+
+
+def _snapshot(site: Site, day: date, side: str) -> "tuple[pa.Table, list[str]]":
+    """The distinct items (or requests) of a day with their features, and the columns that name them.
+
+    Raises:
+        dagster.Failure: if one key has two different rows, naming the key and the features that vary.
+    """
+    keys = ["item_id", "product"] if side == "item" else ["request_id", "user_id", "surface"]
+    features = [f.name for f in site.platform.features if f.side == side]
+    with site.warehouse.connect() as con:
+        distinct = con.sql(
+            f"SELECT DISTINCT {', '.join(keys + features)} FROM read_parquet($file)",
+            params={"file": str(site.warehouse.path("joined_examples", day))},
+        )
+        unique = keys if side == "item" else keys[:1]
+        table = distinct.order(", ".join(unique)).to_arrow_table()
+        con.register("snapshot", table)
+        varying = con.execute(f"SELECT {', '.join(unique)} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1").fetchone()
+        if varying:
+            where = " AND ".join(f"{k} = ?" for k in unique)
+            counts = con.execute(f"SELECT {', '.join(f'count(DISTINCT {f}) + max(({f} IS NULL)::INT)' for f in features)} FROM snapshot WHERE {where}", varying).fetchone()
+            assert counts is not None
+            named = [f for f, n in zip(features, counts, strict=True) if n > 1]
+            what = "an item's features are one snapshot a day" if side == "item" else "a request has one user, surface and set of features"
+            raise dg.Failure(
+                f"{day}: {dict(zip(unique, varying, strict=True))} has several rows that differ in {named or keys}: {what}", allow_retries=False
+            )
+    return table, keys
+
+
+def _long(
+    rows: "pa.Table", keys: Sequence[str], vectors: "Mapping[str, tuple[np.ndarray, np.ndarray]]", version: str
+) -> "pa.Table":
+    """One row a key x task that exists there, the vector as a list of float32."""
+    import numpy as np
+    import pyarrow as pa
+
+    parts = []
+    for task, (vectors_ND, exists_N) in vectors.items():
+        kept = np.ascontiguousarray(vectors_ND[exists_N], dtype=np.float32)
+        n, width = kept.shape
+        part = rows.select(list(keys)).filter(pa.array(exists_N))
+        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
+        part = part.append_column("embedding", pa.ListArray.from_arrays(offsets, pa.array(kept.reshape(-1))))
+        parts.append(part.append_column("task", pa.array([task] * n)).append_column("model_version", pa.array([version] * n)))
+    return pa.concat_tables(parts)
+
+
+def _result(site: Site, con: "DuckDBPyConnection", table: str, day: date, version: str) -> dg.MaterializeResult:
+    counted = con.execute(f"SELECT task, count(*), any_value(len(embedding)) FROM {table} WHERE ds = ? GROUP BY task", [day]).fetchall()
+    shown = f"SELECT * REPLACE (embedding[:4] AS embedding) FROM {table} WHERE ds = '{day}'"
+    return dg.MaterializeResult(
+        asset_key=asset_key(site.platform, table),
+        metadata={
+            "dagster/row_count": sum(n for _, n, _ in counted),
+            "model_version": version,
+            "width": {task: width for task, _, width in counted},
+            "preview (first 4 coordinates)": preview(con, shown),
+        },
+    )

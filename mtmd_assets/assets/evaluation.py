@@ -1,0 +1,128 @@
+"""Evaluation of day D by the model trained through D-1: predictions, slice metrics, who the routers use."""
+
+from collections.abc import Iterator
+from datetime import date, timedelta
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+import sql
+from mtmd_assets import model_store
+from mtmd_assets.assets.common import asset_key, daily_partitions, day_before, preview, scored_by
+from mtmd_assets.home import Site
+from mtmd_assets.join import evaluation_rows
+from mtmd_assets.pictures import heat_map
+from mtmd_assets.scoreboard import scoreboard
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+    from duckdb import DuckDBPyConnection
+
+    from mtmd_assets.model_store import ModelRecord
+    from mtmd_model.predict import Predictor
+
+TABLES = {
+    "predictions": "P(task | impression) of the model beside the heavyweight score, a row an impression x task.",
+    "slice_metrics": "LogMAE and other distances to the heavyweight scores, a row a model x slice x task x bucket.",
+    "routing_metrics": "Which experts the routers use, a row a domain x task x expert.",
+}
+
+FLOOR = 1e-6
+"""LogMAE floors both probabilities here; `slice_metrics.floored` is the share of rows it touched."""
+
+
+def evaluation_assets(site: Site) -> dg.AssetsDefinition:
+    """The multi-asset that evaluates one day of a platform."""
+    platform = site.platform
+    deps = [day_before(platform, "models"), asset_key(platform, "joined_examples")]
+
+    @dg.multi_asset(
+        name=f"{platform.name}_evaluation",
+        specs=[
+            dg.AssetSpec(asset_key(platform, t), deps=deps, description=d, group_name=platform.name, skippable=True)
+            for t, d in TABLES.items()
+        ],
+        partitions_def=daily_partitions(platform),
+        backfill_policy=dg.BackfillPolicy.multi_run(1),
+    )
+    def evaluation(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        day = date.fromisoformat(context.partition_key)
+        record = scored_by(context, site, day)
+        if record is None:
+            return
+        model = model_store.load(site, record)
+        with site.warehouse.stage(context.run_id) as stage, site.warehouse.connect() as con:
+            rows = _rows(site, con, day)
+            con.register("predicted", _predictions(model, record, rows))
+            con.execute("CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN ? AND ?", [record.window_start, record.window_end])
+            con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
+            con.execute(f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})")
+            stage.write(con, "predictions", day, "FROM predicted")
+            stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
+            stage.write_rows(con, "routing_metrics", day, [{"model_version": record.version, **r} for r in model.routing(rows)])
+            stage.publish()
+            yield from _results(site, con, day, record)
+
+    return evaluation
+
+
+def _rows(site: Site, con: "DuckDBPyConnection", day: date) -> "pa.Table":
+    """The day's examples, never down-sampled."""
+    import pyarrow.parquet as pq
+
+    if site.platform.join.sample_rate == 1:
+        return pq.read_table(site.warehouse.path("joined_examples", day), partitioning=None)
+    return evaluation_rows(con, site.platform, site.warehouse, day)
+
+
+def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "pl.DataFrame":
+    """One row an impression x task that exists in its slice."""
+    import polars as pl
+
+    keys = pl.DataFrame(rows.select(["impression_id", "user_id", "surface", "product"]))
+    parts = [
+        keys.with_columns(
+            pl.lit(task).alias("task"),
+            pl.DataFrame(rows.select([f"score_{task}"])).to_series().alias("score"),
+            pl.Series("probability", probability),
+        ).drop_nulls("score")
+        for task, probability in model.predict(rows).items()
+    ]
+    return pl.concat(parts).with_columns(
+        pl.lit("mtmd").alias("model"), pl.lit(record.version).alias("model_version"), pl.lit(record.seed).cast(pl.Int32).alias("seed")
+    )
+
+
+def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRecord") -> Iterator[dg.MaterializeResult]:
+    """Asset results with what a person wants to see at once."""
+    key = [day, record.version]
+    of_day = "ds = ? AND model_version = ?"
+    cells = con.execute(
+        f"SELECT surface || ' · ' || product, task, logmae FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL", key
+    ).fetchall()
+    mean, rows = con.execute(
+        f"SELECT avg(logmae), sum(rows)::BIGINT FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL", key
+    ).fetchone() or (None, None)
+    slices = [f"{s} · {p}" for s, p in site.platform.slices]
+    shared = {"model_version": record.version, "trained through": str(record.window_end)}
+    yield dg.MaterializeResult(
+        asset_key=asset_key(site.platform, "predictions"),
+        metadata={**shared, "dagster/row_count": rows, "preview": preview(con, f"SELECT * FROM predictions WHERE ds = '{day}'")},
+    )
+    yield dg.MaterializeResult(
+        asset_key=asset_key(site.platform, "slice_metrics"),
+        metadata={
+            **shared,
+            "mean LogMAE over slice x task": mean,
+            "LogMAE": heat_map(slices, site.platform.task_names, {(s, t): v for s, t, v in cells}, f"LogMAE of mtmd on {day}"),
+            "beside the constants": dg.MetadataValue.md(scoreboard(con, site, [day])),
+        },
+    )
+    yield dg.MaterializeResult(
+        asset_key=asset_key(site.platform, "routing_metrics"),
+        metadata={
+            **shared,
+            "mean gates": preview(con, f"PIVOT (SELECT tower, domain, task, expert, mean_gate FROM routing_metrics WHERE ds = '{day}') ON expert USING first(mean_gate)", 100),
+        },
+    )

@@ -1,0 +1,41 @@
+"""Jobs and schedules: data and models apart for backfills, both together every day."""
+
+import dagster as dg
+
+from mtmd_assets.assets import embeddings, evaluation
+from mtmd_assets.assets.common import asset_key, daily_partitions
+from mtmd_assets.home import Site
+
+MODEL_TABLES = ("models", *evaluation.TABLES, *embeddings.TABLES)
+
+
+def jobs(site: Site) -> list[dg.UnresolvedAssetJobDefinition]:
+    """`<platform>_data`, `<platform>_models` and `<platform>_daily`, which is both.
+
+    One process a run: the steps are few, and each process would pay for torch and Lightning again.
+    """
+    platform = site.platform
+    everything = dg.AssetSelection.key_prefixes([platform.name])
+    models = dg.AssetSelection.assets(*(asset_key(platform, t) for t in MODEL_TABLES))
+    described = {
+        "data": (everything - models, "Build, check and publish days of logs, scores and joined examples."),
+        "models": (models, "Train on the window that ends on the day; evaluate and embed the day by the model of the day before."),
+        "daily": (everything, "Yesterday, from its logs to its embeddings."),
+    }
+    return [
+        dg.define_asset_job(
+            f"{platform.name}_{name}",
+            selection=selection,
+            description=description,
+            partitions_def=daily_partitions(platform),
+            executor_def=dg.in_process_executor,
+        )
+        for name, (selection, description) in described.items()
+    ]
+
+
+def schedule(site: Site, daily: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    """A tick on day D runs the partition D-1: its window ends on D-1, and the model trained through D-2 is evaluated on it."""
+    return dg.build_schedule_from_partitioned_job(
+        daily, name=f"{site.platform.name}_every_day", hour_of_day=site.platform.schedule_hour, minute_of_hour=0
+    )

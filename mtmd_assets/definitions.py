@@ -1,0 +1,32 @@
+"""The only place that wires assets, checks, jobs and schedules together.
+
+Dagster loads `defs`. One factory builds the definitions of every platform registered in the home, each under its own
+asset-key prefix.
+"""
+
+import dagster as dg
+
+from mtmd_assets.assets.data import data_assets
+from mtmd_assets.assets.embeddings import embedding_assets
+from mtmd_assets.assets.evaluation import evaluation_assets
+from mtmd_assets.assets.training import training_assets
+from mtmd_assets.automation import jobs, schedule
+from mtmd_assets.home import Home, Site
+
+
+def platform_definitions(site: Site) -> dg.Definitions:
+    """Everything of one platform."""
+    data, models, daily = jobs(site)
+    return dg.Definitions(
+        assets=[data_assets(site), training_assets(site), evaluation_assets(site), embedding_assets(site)],
+        jobs=[data, models, daily],
+        schedules=[schedule(site, daily)],
+    )
+
+
+def build_definitions(home: Home) -> dg.Definitions:
+    """Everything of every platform registered in a home."""
+    return dg.Definitions.merge(*(platform_definitions(site) for site in home.sites()))
+
+
+defs = build_definitions(Home())

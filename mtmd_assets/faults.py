@@ -1,0 +1,24 @@
+"""The errors a user can cause, each saying what to look at.
+
+A `BadFile` refuses a day; a bad row never raises: it is counted and kept (see `rejected_rows`).
+"""
+
+from datetime import date
+
+
+class PlatformError(ValueError):
+    """The platform file cannot be used. The message names the file, the key and the value received."""
+
+
+class BadFile(ValueError):
+    """A log file of one day cannot be used; nothing of that day is published."""
+
+    def __init__(self, problem: str, *, file: str, day: date, column: str | None = None, received: object = None):
+        """`problem` in words; `file`, `day`, `column` and the value `received` locate it."""
+        self.file, self.day, self.column, self.received = file, day, column, received
+        where = f"{file}, day {day}" + (f", column {column}" if column else "")
+        super().__init__(f"{where}: {problem}" + (f" (received {received!r})" if received is not None else ""))
+
+
+class Withheld(RuntimeError):
+    """A day cannot be built yet: something it depends on is not published. The message says what to build."""

@@ -1,0 +1,131 @@
+"""The home folder: which platforms are registered in it, and where each keeps its things.
+
+`$MTMD_HOME` (default `.mtmd/` in the checkout) holds a folder a platform, `<platform>/{platform.yaml, lake, models,
+mtmd.duckdb}`, and Dagster's own folder `dagster/`.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from mtmd_assets.faults import PlatformError
+from mtmd_assets.platform import SHIPPED, Platform, load_platform, parse_platform
+from mtmd_assets.sources import Source, open_source
+from mtmd_assets.tables import tables
+from mtmd_assets.warehouse import Warehouse
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+ALWAYS = "adworld"
+"""The platform that every home has without registration."""
+
+# Telemetry off; a few runs at once, queued by Dagster rather than by the machine; no retry of a run whose data failed.
+_DAGSTER_YAML = """\
+telemetry:
+  enabled: false
+concurrency:
+  runs:
+    max_concurrent_runs: 2
+run_retries:
+  enabled: false
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One registered platform with its folder."""
+
+    platform: Platform
+    folder: Path
+
+    @cached_property
+    def warehouse(self) -> Warehouse:
+        """Its lake and views."""
+        return Warehouse(self.folder, tables(self.platform))
+
+    @cached_property
+    def source(self) -> Source:
+        """Where its logs come from."""
+        return open_source(self.platform)
+
+    @property
+    def models(self) -> Path:
+        """Where its trained models are kept, a folder a version."""
+        return self.folder / "models"
+
+
+class Home:
+    """A home folder.
+
+    Args:
+        root: the folder; `$MTMD_HOME`, or `.mtmd` in the checkout, when left out.
+    """
+
+    def __init__(self, root: Path | None = None):
+        self.root = (root or Path(os.environ.get("MTMD_HOME") or CHECKOUT / ".mtmd")).absolute()
+
+    def sites(self) -> list[Site]:
+        """Every registered platform, adworld first.
+
+        Raises:
+            PlatformError: if a registered platform file does not hold together.
+        """
+        names = sorted({p.parent.name for p in self.root.glob("*/platform.yaml")} - {ALWAYS})
+        return [self.site(n) for n in (ALWAYS, *names)]
+
+    def site(self, name: str) -> Site:
+        """One platform of the home; adworld as shipped until it is registered with changes.
+
+        Raises:
+            PlatformError: if it is not registered.
+        """
+        file = self.root / name / "platform.yaml"
+        if not file.is_file():
+            if name != ALWAYS:
+                raise PlatformError(f"{self.root}: no platform {name!r} is registered (mtmd register)")
+            file = SHIPPED / f"{name}.yaml"
+        return Site(load_platform(file), self.root / name)
+
+    def register(self, file_or_name: str, data: str | None = None) -> Site:
+        """Copy a platform file (or a shipped platform, by name) into the home.
+
+        Args:
+            file_or_name: a YAML file, or `adworld` or `kuairand`.
+            data: the folder of its logs, for a source that takes one.
+
+        Raises:
+            PlatformError: if the file is refused; then nothing is registered.
+        """
+        shipped = SHIPPED / f"{file_or_name}.yaml"
+        file = shipped if shipped.is_file() else Path(file_or_name)
+        if not file.is_file():
+            known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+            raise PlatformError(f"{file_or_name}: neither a file nor a shipped platform ({known})")
+        text = file.read_text()
+        if data is not None:
+            content = yaml.safe_load(text)
+            content["source"]["data"] = str(Path(data).absolute())
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        platform = parse_platform(text, str(file))
+        folder = self.root / platform.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draft = folder / f"platform.yaml.{os.getpid()}"
+            draft.write_text(text)
+            os.replace(draft, folder / "platform.yaml")
+        except OSError as e:
+            raise PermissionError(f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can") from e
+        return Site(platform, folder)
+
+    def prepare_dagster(self) -> Path:
+        """Dagster's folder in this home with its settings; also set as `DAGSTER_HOME`."""
+        folder = self.root / "dagster"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = folder / "dagster.yaml"
+        if not settings.exists():
+            settings.write_text(_DAGSTER_YAML)
+        os.environ["DAGSTER_HOME"] = str(folder)
+        return folder

@@ -1,0 +1,83 @@
+"""Which model was trained on which window, and loading it again.
+
+A version is a folder `models/<version>/` (see `mtmd_model.checkpoint`) and a row of the table `models`. It is named
+after its window's last day and a hash of all that went into it, so that training the same again gives the same name.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from mtmd_assets.faults import Withheld
+from mtmd_assets.home import Site
+
+if TYPE_CHECKING:
+    from mtmd_model.predict import Predictor
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What the table `models` says of a version."""
+
+    version: str
+    seed: int
+    window_start: date
+    window_end: date
+
+
+def trained_on(site: Site, last_day: date) -> ModelRecord:
+    """The promoted MTMD model whose window ends on `last_day`.
+
+    Raises:
+        Withheld: if there is none, saying what to run.
+    """
+    file = site.warehouse.path("models", last_day)
+    if not file.is_file():
+        raise Withheld(f"no model is trained through {last_day}: materialise {site.platform.name}/models for {last_day}")
+    row = duckdb.execute(
+        "SELECT model_version, seed, window_start, window_end FROM read_parquet($file) WHERE model = 'mtmd' AND promoted",
+        {"file": str(file)},
+    ).fetchone()
+    assert row is not None, file
+    return ModelRecord(*row)
+
+
+def load(site: Site, record: ModelRecord) -> "Predictor":
+    """The model of a record.
+
+    Raises:
+        Withheld: if it was trained under another platform file.
+    """
+    from mtmd_model import checkpoint
+
+    model = checkpoint.load(site.models / record.version)
+    if model.schema != site.platform.schema:
+        raise Withheld(
+            f"model {record.version} was trained under another platform file (other features, tasks or slices): "
+            f"materialise {site.platform.name}/models for {record.window_end} again"
+        )
+    return model
+
+
+def version_name(last_day: date, ingredients: dict[str, Any]) -> str:
+    """`<last day>-<hash of everything that went in>`."""
+    text = json.dumps(ingredients, sort_keys=True, default=str)
+    return f"{last_day}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+@cache
+def code_version() -> str:
+    """A hash of the source of `mtmd_model`: what a checkpoint must be read by."""
+    import mtmd_model
+
+    folder = Path(mtmd_model.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,116 @@
+"""The columns of every table of a platform, with their DuckDB types: what SQL users rely on.
+
+Wide and typed: one column a feature, a score and an outcome. `ds`, the partition day, is not listed: it is the
+Hive key of the path.
+"""
+
+from mtmd_assets.platform import Feature, Platform
+
+Columns = dict[str, str]
+
+_EXTRA = {"double": "DOUBLE", "integer": "BIGINT", "text": "VARCHAR"}
+
+
+def feature_type(feature: Feature) -> str:
+    """DuckDB type of a feature column."""
+    if feature.kind == "dense":
+        return "FLOAT"
+    return "BIGINT" if feature.type == "integer" else "VARCHAR"
+
+
+def tables(platform: Platform) -> dict[str, Columns]:
+    """Table name -> column name -> DuckDB type, in column order."""
+    id_ = "BIGINT" if platform.id_type == "integer" else "VARCHAR"
+    keys = {
+        "impression_id": id_,
+        "request_id": id_,
+        "user_id": id_,
+        "item_id": id_,
+        "ts": "TIMESTAMP",
+        "surface": "VARCHAR",
+        "product": "VARCHAR",
+    }
+    logged = {f.name: feature_type(f) for f in platform.features if not f.history}
+    features = {f.name: feature_type(f) for f in platform.features}
+    outcomes = {f"outcome_{t}": "TINYINT" for t in platform.task_names}
+    scores = {f"score_{t}": "DOUBLE" for t in platform.task_names}
+    rejected = {"source": "VARCHAR", "impression_id": id_, "reason": "VARCHAR", "row": "VARCHAR"}
+    version = {"model": "VARCHAR", "model_version": "VARCHAR", "seed": "INTEGER"}
+    slice_ = {"surface": "VARCHAR", "product": "VARCHAR"}
+    return {
+        "impressions": {**keys, **logged, **outcomes, **{n: _EXTRA[t] for n, t in platform.extras.items()}},
+        "heavyweight_scores": {"impression_id": id_, "scored_at": "TIMESTAMP", "ranker_version": "VARCHAR", **scores},
+        "log_rejected_rows": rejected,
+        "joined_examples": {**keys, **features, **scores, **outcomes, "ranker_version": "VARCHAR", "weight": "DOUBLE"},
+        "rejected_rows": rejected,
+        "row_counts": {"source": "VARCHAR", "received": "BIGINT", "accepted": "BIGINT", "rejected": "BIGINT"},
+        "feature_missingness": {
+            **slice_,
+            "feature": "VARCHAR",
+            "rule": "VARCHAR",
+            "rows": "BIGINT",
+            "missing": "BIGINT",
+            "missing_rate": "DOUBLE",
+            "min_rate": "DOUBLE",
+            "max_rate": "DOUBLE",
+            "passed": "BOOLEAN",
+        },
+        "models": {
+            **version,
+            "window_start": "DATE",
+            "window_end": "DATE",
+            "rows": "BIGINT",
+            "embedding_params": "BIGINT",
+            "dense_params": "BIGINT",
+            "data_hashes": "MAP(VARCHAR, VARCHAR)",
+            "ranker_versions": "VARCHAR[]",
+            "code_version": "VARCHAR",
+            "config": "VARCHAR",
+            "epochs": "INTEGER",
+            "best_epoch": "INTEGER",
+            "validation_loss": "DOUBLE",
+            "validation_logmae": "DOUBLE",
+            "promoted": "BOOLEAN",
+        },
+        "predictions": {
+            **version,
+            "impression_id": id_,
+            "user_id": id_,
+            **slice_,
+            "task": "VARCHAR",
+            "score": "DOUBLE",
+            "probability": "DOUBLE",
+        },
+        "slice_metrics": {
+            **version,
+            **slice_,
+            "task": "VARCHAR",
+            "bucket": "INTEGER",
+            "rows": "BIGINT",
+            "logmae": "DOUBLE",
+            "mae": "DOUBLE",
+            "kl": "DOUBLE",
+            "bce": "DOUBLE",
+            "calibration": "DOUBLE",
+            "floored": "DOUBLE",
+        },
+        "routing_metrics": {
+            "model_version": "VARCHAR",
+            "tower": "VARCHAR",
+            "domain": "VARCHAR",
+            "task": "VARCHAR",
+            "expert": "VARCHAR",
+            "mean_gate": "DOUBLE",
+            "max_gate_share": "DOUBLE",
+            "entropy": "DOUBLE",
+        },
+        "item_embeddings": {"model_version": "VARCHAR", "item_id": id_, "product": "VARCHAR", "task": "VARCHAR", "embedding": "FLOAT[]"},
+        "query_embeddings": {
+            "model_version": "VARCHAR",
+            "request_id": id_,
+            "user_id": id_,
+            "surface": "VARCHAR",
+            "task": "VARCHAR",
+            "embedding": "FLOAT[]",
+        },
+    }

@@ -1,0 +1,223 @@
+"""The lake: publish one day of some tables atomically; open a connection that sees all of them.
+
+One zstd Parquet file a table and day, `lake/<table>/ds=YYYY-MM-DD/data.parquet`. `mtmd.duckdb` beside it holds only
+views and macros, and no step of the pipeline holds it open, so any number of runs write different days while any
+number of people query.
+"""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+import sql
+from mtmd_assets.tables import Columns
+
+SCHEMA_DAY = date(1, 1, 1)
+"""The day of the zero-row file that every table starts with, so that every view answers."""
+
+DERIVED_VIEWS = ("missingness",)
+"""Views over the tables' own views: `sql/<name>.sql`."""
+
+_COPY = "(FORMAT parquet, COMPRESSION zstd)"
+
+
+class Warehouse:
+    """The lake and the views of one platform.
+
+    Args:
+        folder: the platform's folder in the home, for example `.mtmd/adworld`.
+        tables: table -> column -> DuckDB type.
+
+    Raises:
+        PermissionError: if the folder cannot be written, naming it and `MTMD_HOME`.
+    """
+
+    def __init__(self, folder: Path, tables: dict[str, Columns]):
+        self.folder, self.tables = folder.absolute(), tables
+        self.lake = self.folder / "lake"
+        self.staging = self.lake / ".staging"
+        self.database = self.folder / "mtmd.duckdb"
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def path(self, table: str, day: date) -> Path:
+        """Where a day of a table is, or would be, published."""
+        assert table in self.tables, table
+        return self.lake / table / f"ds={day.isoformat()}" / "data.parquet"
+
+    def published(self, table: str, day: date) -> bool:
+        """Whether the day is published."""
+        return self.path(table, day).is_file()
+
+    def days(self, table: str) -> list[date]:
+        """The published days of a table, in order."""
+        found = (date.fromisoformat(p.parent.name[3:]) for p in (self.lake / table).glob("ds=*/data.parquet"))
+        return sorted(d for d in found if d != SCHEMA_DAY)
+
+    def missing(self, table: str, first: date, last: date) -> list[date]:
+        """The days first..last that are not published."""
+        days = (first + timedelta(n) for n in range((last - first).days + 1))
+        return [d for d in days if not self.published(table, d)]
+
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """An in-memory connection with a view a table; spills to a folder of the home."""
+        self.create()
+        spill = self.folder / "tmp"
+        con = duckdb.connect(config={"temp_directory": str(spill), "preserve_insertion_order": True})
+        con.execute(self._views())
+        return con
+
+    # -- creating ----------------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Make the folders, each table's zero-row file and the views, where they are missing or have changed."""
+        try:
+            self.staging.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            changed = [t for t in self.tables if self._create_table(t)]
+            stamp = self.folder / "views.sql"
+            if changed or not self.database.exists() or not stamp.exists() or stamp.read_text() != self._views():
+                self._create_views(stamp)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+                raise PermissionError(f"{self.folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can") from e
+            raise
+
+    def _create_table(self, table: str) -> bool:
+        """Write the zero-row file if the table has none of exactly these columns; say whether it did."""
+        columns = ", ".join(f"NULL::{t} AS {c}" for c, t in self.tables[table].items())
+        wanted = f"SELECT {columns} WHERE false"
+        path, stamp = self.path(table, SCHEMA_DAY), self.lake / table / "columns.sql"
+        if path.exists() and stamp.exists() and stamp.read_text() == wanted:
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._draft()
+        with duckdb.connect() as con:
+            con.execute(f"COPY ({wanted}) TO '{draft}' {_COPY}")
+        os.replace(draft, path)
+        draft.write_text(wanted)
+        os.replace(draft, stamp)
+        return True
+
+    def _views(self) -> str:
+        """Statements that define a view a table, and the macros."""
+        statements = [
+            f"""CREATE OR REPLACE VIEW {table} AS SELECT {", ".join(columns)}, ds
+                FROM read_parquet('{self.lake}/{table}/ds=*/data.parquet', hive_partitioning = true, hive_types = {{'ds': DATE}});"""
+            for table, columns in self.tables.items()
+        ]
+        return "\n".join([*statements, sql.text("macros"), *(sql.text(v) for v in DERIVED_VIEWS if (sql.FOLDER / f"{v}.sql").exists())])
+
+    def _create_views(self, stamp: Path) -> None:
+        """Build `mtmd.duckdb` beside the old one and swap it whole, so that readers keep their snapshot."""
+        draft = self._draft()
+        with duckdb.connect() as con:
+            # An old storage version, so that older DuckDB shells read it.
+            con.execute(f"ATTACH '{draft}' AS views (STORAGE_VERSION 'v1.2.0'); USE views;")
+            con.execute(self._views())
+            con.execute("USE memory; DETACH views;")
+        os.replace(draft, self.database)
+        draft.write_text(self._views())
+        os.replace(draft, stamp)
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, run_id: str = "") -> Iterator["Stage"]:
+        """A place to write one day of some tables; nothing is seen until `Stage.publish`, and what is left is removed."""
+        self.create()
+        folder = self._draft(run_id)
+        folder.mkdir()
+        try:
+            yield Stage(self, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _draft(self, run_id: str = "") -> Path:
+        """A name in the staging folder that tells whose it is, so that leftovers of dead runs can be swept."""
+        return self.staging / f"{socket.gethostname()}~{os.getpid()}~{run_id}~{uuid.uuid4().hex[:8]}"
+
+    def _sweep(self) -> None:
+        """Finish what a killed run had begun to publish; remove what dead runs of this machine left behind."""
+        for draft in self.staging.iterdir():
+            host, pid, *_ = draft.name.split("~")
+            if host != socket.gethostname() or _alive(int(pid)):
+                continue
+            if draft.is_dir():
+                Stage(self, draft).finish()
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
+
+
+class Stage:
+    """Files of one day, not yet visible. Write them, check them, then publish them together."""
+
+    def __init__(self, warehouse: Warehouse, folder: Path):
+        self.warehouse, self.folder = warehouse, folder
+
+    def path(self, table: str, day: date) -> Path:
+        """Where the staged file of a table and day is."""
+        return self.folder / f"{table}@{day.isoformat()}.parquet"
+
+    def write(self, con: duckdb.DuckDBPyConnection, table: str, day: date, query: str, parameters: object = None) -> Path:
+        """Write a query's rows as one day of a table; columns are picked by name and cast to the table's types.
+
+        Raises:
+            duckdb.Error: if the query lacks a column or a value does not fit its type.
+        """
+        columns = ", ".join(f"{c}::{t} AS {c}" for c, t in self.warehouse.tables[table].items())
+        path = self.path(table, day)
+        con.execute(f"COPY (SELECT {columns} FROM ({query})) TO '{path}' {_COPY}", parameters)
+        return path
+
+    def write_rows(self, con: duckdb.DuckDBPyConnection, table: str, day: date, rows: list[dict[str, Any]]) -> Path:
+        """Write Python rows as one day of a table (see `write`)."""
+        import pyarrow as pa
+
+        con.register("rows_to_write", pa.Table.from_pylist(rows))
+        path = self.write(con, table, day, "FROM rows_to_write")
+        con.unregister("rows_to_write")
+        return path
+
+    def publish(self) -> None:
+        """Rename every staged file into place. If the process dies half-way, the next run finishes it (`_sweep`)."""
+        plan = [p.name for p in sorted(self.folder.glob("*.parquet"))]
+        draft = self.folder / "publish.tmp"
+        draft.write_text(json.dumps(plan))
+        os.replace(draft, self.folder / "publish.json")
+        self.finish()
+
+    def finish(self) -> None:
+        """Carry out the written plan, if there is one; renames already done are passed over."""
+        plan = self.folder / "publish.json"
+        if not plan.exists():
+            return
+        for name in json.loads(plan.read_text()):
+            table, day = name.removesuffix(".parquet").split("@")
+            target = self.warehouse.path(table, date.fromisoformat(day))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.replace(self.folder / name, target)
+            except FileNotFoundError:
+                continue
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

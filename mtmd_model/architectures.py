@@ -1,0 +1,39 @@
+"""The two-tower rankers that can be trained, by name: a contender is one more entry."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mtmd_model.encoder import Encoder
+from mtmd_model.mtmd import MTMD, MTMDConfig
+from mtmd_model.schema import Schema
+from mtmd_model.two_tower import TwoTower
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model is made from its configuration."""
+
+    read_config: Callable[[Mapping[str, Any]], Any]
+    """A configuration from its JSON form."""
+    build: Callable[[Schema, Mapping[str, int], Any], TwoTower]
+    """A model from the schema, the vocabularies' rows and a configuration."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {"mtmd": Architecture(MTMDConfig.from_dict, MTMD)}
+
+
+def build(name: str, encoder: Encoder, config: Any) -> TwoTower:
+    """A new model.
+
+    Raises:
+        ValueError: no such architecture.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {sorted(ARCHITECTURES)}, got {name!r}")
+    return ARCHITECTURES[name].build(encoder.schema, encoder.rows, config)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """JSON-ready form of an architecture's configuration."""
+    return asdict(config)

@@ -1,0 +1,88 @@
+"""The domain expert: a mixture of deep, shallow and shared experts for each task (paper section 2.1).
+
+Shapes: B rows of one domain, T tasks of the domain, H width of an expert's output; D and K as in
+`domain_adaptation.py`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mtmd_model.cross import LowRankCross
+from mtmd_model.domain_adaptation import Adapted
+from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm
+
+if TYPE_CHECKING:
+    from mtmd_model.mtmd import MTMDConfig
+
+EXPERTS = ("deep", "task_shared", "domain_shared")
+"""What the routing layer weighs, in the order of its outputs."""
+
+
+@dataclass(frozen=True)
+class ExpertOutput:
+    """One domain's rows."""
+
+    embedding_BW: Tensor
+    """The tasks' emb_deep ∥ emb_shallow, one task after another."""
+    gates_TBE: Tensor
+    """The routing layer's weights, in the order of `EXPERTS`."""
+
+
+class DomainExpert(nn.Module):
+    """emb_deep = W DCN(LayerNorm(g_1 deep ∥ g_2 task_shared ∥ g_3 domain_shared)), and emb_shallow beside it.
+
+    The deep experts of all tasks and the task-shared expert have one shape and one input: they run as one
+    grouped network. The domain-shared expert belongs to the tower, which passes its output in.
+
+    Args:
+        widths: emb_deep's width of each task that exists in this domain.
+        d_own: width of the domain's own layout.
+        d_key: width of its key layout.
+        config: widths of the experts, place of the LayerNorm, rank of the cross layers.
+    """
+
+    def __init__(self, widths: tuple[int, ...], d_own: int, d_key: int, config: "MTMDConfig") -> None:
+        super().__init__()
+        tasks, d_mixed = len(widths), len(EXPERTS) * config.deep[-1]
+        self.norm_place = config.norm
+        self.deep_and_task_shared = GroupedFFN(tasks + 1, d_own, config.deep, dropout=config.dropout)
+        self.shallow = GroupedFFN(tasks, d_key, config.shallow, dropout=config.dropout)
+        self.router = GroupedFFN(tasks, d_own, config.router, d_out=len(EXPERTS))
+        self.norm = GroupedLayerNorm(tasks, d_mixed) if config.norm != "none" else nn.Identity()
+        rank = max(1, round(d_mixed * config.cross_rank))
+        self.cross = LowRankCross(tasks, d_mixed, config.cross_layers, rank)
+        self.project = nn.ModuleList(nn.Linear(d_mixed, width) for width in widths)
+
+        # The first logits are to be near the slice's bias: emb_deep and emb_shallow start short. Their dot
+        # products then start around 0.1 whatever the width.
+        with torch.no_grad():
+            for linear in self.project:
+                assert isinstance(linear, nn.Linear)
+                linear.weight.mul_(0.5 * linear.out_features**-0.25)
+                linear.bias.zero_()
+            last = self.shallow.norms[-1]
+            assert isinstance(last, GroupedLayerNorm)
+            last.weight.mul_(0.5 * config.shallow[-1] ** -0.5)
+
+    def forward(self, x: Adapted, domain_shared_BH: Tensor) -> ExpertOutput:
+        """The adapted rows and the tower's shared expert's output for them."""
+        experts_EBH = self.deep_and_task_shared(x.own_BD)
+        deep_TBH, task_shared_BH = experts_EBH[:-1], experts_EBH[-1]
+        logits_TBE = self.router(x.own_BD)
+        # at least fp32: a gate in bf16 has three digits
+        gates_TBE = logits_TBE.to(torch.promote_types(logits_TBE.dtype, torch.float32)).softmax(-1)
+        g_deep, g_task, g_domain = gates_TBE.to(deep_TBH.dtype).split(1, -1)
+        mixed_TBM = torch.cat([g_deep * deep_TBH, g_task * task_shared_BH, g_domain * domain_shared_BH], -1)
+
+        if self.norm_place == "pre":
+            crossed_TBM = self.cross(self.norm(mixed_TBM))
+        else:
+            crossed_TBM = self.norm(self.cross(mixed_TBM))
+        parts = []
+        tasks = zip(self.project, crossed_TBM.unbind(), self.shallow(x.key_BK).unbind(), strict=True)
+        for project, crossed_BM, shallow_BH in tasks:
+            parts += [project(crossed_BM), shallow_BH]
+        return ExpertOutput(torch.cat(parts, 1), gates_TBE)

@@ -1,0 +1,81 @@
+"""Batch normalisation of one domain's dense features, on observed values only (paper section 2.1.2).
+
+Shapes: B rows of the domain, F dense features of the tower.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class DomainNorm(nn.Module):
+    """y = gain * clip((x - mean) / std) + bias; where x is missing or the feature absent, a learned value.
+
+    The statistics are those of every observed value the domain has shown so far, merged exactly (Chan et al.
+    1979): a batch counts by its number of observed values, so that a small domain that shows a few rows a
+    batch is estimated as well as if they had come at once. From `horizon` values on they forget exponentially.
+
+    Unlike `nn.BatchNorm1d`, training uses the same running statistics as serving, this batch merged in: a
+    domain with ten rows in a batch would otherwise be normalised by the noise of ten rows, and scored by
+    other numbers than it was trained with. The first batch is normalised exactly as `nn.BatchNorm1d` would.
+
+    A feature with fewer than two observed values in a batch leaves that feature's statistics alone.
+
+    Args:
+        present: for each dense feature of the tower, whether this domain has it.
+        clip: bound of the standardised value, in standard deviations. A feature that was constant in training
+            has almost no standard deviation, and a new value must not explode.
+        horizon: observed values after which the cumulative mean becomes an exponential one.
+        floor: smallest variance, also relative to the squared mean (times 1e-6).
+
+    Reference: Ioffe and Szegedy, ICML 2015, https://arxiv.org/abs/1502.03167; one a domain as in the paper.
+    """
+
+    present: Tensor
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def __init__(
+        self, present: Sequence[bool], clip: float = 5.0, horizon: int = 1_000_000, floor: float = 1e-8
+    ) -> None:
+        super().__init__()
+        features = len(present)
+        self.clip, self.horizon, self.floor = clip, horizon, floor
+        self.gain = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.missing = nn.Parameter(torch.zeros(features))
+        self.register_buffer("present", torch.tensor(present, dtype=torch.bool), persistent=False)
+        self.register_buffer("count", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(features, dtype=torch.float64))
+
+    @torch.no_grad()
+    def _update(self, x_BF: Tensor, observed_BF: Tensor) -> None:
+        """Merge the batch's count, mean and variance into the running ones."""
+        n_F = observed_BF.sum(0).to(torch.float64)
+        divisor_F = n_F.clamp_min(1)
+        x_BF = x_BF.to(torch.float64)
+        mean_F = (x_BF * observed_BF).sum(0) / divisor_F
+        var_F = ((x_BF - mean_F).square() * observed_BF).sum(0) / divisor_F
+
+        old_F = self.count.clamp_max(self.horizon)
+        share_F = n_F / (old_F + n_F).clamp_min(1)
+        shift_F = mean_F - self.mean
+        merged_F = (1 - share_F) * self.var + share_F * var_F + share_F * (1 - share_F) * shift_F.square()
+        seen_F = n_F >= 2
+        self.var.copy_(torch.where(seen_F, merged_F, self.var))
+        self.mean.copy_(torch.where(seen_F, self.mean + share_F * shift_F, self.mean))
+        self.count.copy_(torch.where(seen_F, self.count + n_F, self.count))
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        """(B, F) with NaN where missing -> (B, F) without NaN, in the dtype of the parameters."""
+        observed_BF = ~x_BF.isnan() & self.present
+        x_BF = torch.where(observed_BF, x_BF, 0)
+        if self.training:
+            self._update(x_BF, observed_BF)
+        floor_F = (1e-6 * self.mean.square()).clamp_min(self.floor)
+        std_F = torch.maximum(self.var, floor_F).sqrt()
+        standard_BF = ((x_BF - self.mean) / std_F).clamp(-self.clip, self.clip).to(self.gain.dtype)
+        return torch.where(observed_BF, torch.addcmul(self.bias, standard_BF, self.gain), self.missing)

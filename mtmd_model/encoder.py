@@ -1,0 +1,224 @@
+"""From Arrow tables to tensors: vocabularies, numbers, labels.
+
+Shapes: N rows, F dense features, C categorical features, T tasks.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtmd_model.batch import Batch, TowerInput
+from mtmd_model.schema import Feature, Schema, Side
+from mtmd_model.slices import existing_slices
+from mtmd_model.vocabulary import Vocabulary, canonical, distinct
+
+DOMAIN_COLUMN: Mapping[Side, str] = {"query": "surface", "item": "product"}
+WEIGHT = "weight"
+READ_ROWS = 1 << 18
+"""Rows read from a file at a time."""
+
+
+def score_column(task: str) -> str:
+    """The column of P(task | impression) by the heavyweight ranker."""
+    return f"score_{task}"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How one model version reads a table; fitted on its training window and stored in its manifest."""
+
+    schema: Schema
+    vocabularies: Mapping[str, Vocabulary]
+    """By categorical feature."""
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of each categorical feature's embedding table."""
+        return {name: v.rows for name, v in self.vocabularies.items()}
+
+    def columns(self, labels: bool = True) -> list[str]:
+        """The columns to read from a file."""
+        scores = [score_column(t.name) for t in self.schema.tasks]
+        names = [*DOMAIN_COLUMN.values(), *(f.name for f in self.schema.features)]
+        return list(dict.fromkeys(names + (scores + [WEIGHT] if labels else [])))
+
+    def encode(self, table: pa.Table, labels: bool = True) -> Batch:
+        """Both towers' inputs, labels and weights of a table's rows.
+
+        A label is NaN where it is null, or where the task does not exist in the row's slice. Without a column
+        `weight` every row weighs one.
+
+        Args:
+            labels: if not, no `score_` column is read, and every label is NaN.
+
+        Raises:
+            ValueError: a missing column, an unknown surface or product, a label outside [0, 1], a negative or
+                null weight, or a column of a type that cannot be read as what the platform says it is.
+        """
+        query, item = self.encode_side(table, "query"), self.encode_side(table, "item")
+        label_NT = torch.full((table.num_rows, len(self.schema.tasks)), float("nan"))
+        weight_N = torch.ones(table.num_rows)
+        if labels:
+            for t, task in enumerate(self.schema.tasks):
+                label_NT[:, t] = torch.from_numpy(_score(table, score_column(task.name)))
+            label_NT[~self._exists_TSP[:, query.domain, item.domain].T] = float("nan")
+            if WEIGHT in table.column_names:
+                weight = to_float(table[WEIGHT], WEIGHT)
+                if np.isnan(weight).any() or (weight < 0).any():
+                    raise ValueError(f"{WEIGHT!r} must not be negative, null or infinite")
+                weight_N = torch.from_numpy(weight)
+        return Batch(query, item, label_NT, weight_N)
+
+    def encode_side(self, table: pa.Table, side: Side) -> TowerInput:
+        """One tower's input of a table's rows; the other side's columns need not be there.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        features = self.schema.side(side)
+        wanted = [DOMAIN_COLUMN[side], *(f.name for f in features)]
+        missing = [name for name in wanted if name not in table.column_names]
+        if missing:
+            raise ValueError(f"the table lacks the columns {missing}; it has {table.column_names}")
+        dense = [self._dense(table, f) for f in features if f.kind == "dense"]
+        ids = [self._ids(table, f) for f in features if f.kind == "categorical"]
+        n = table.num_rows
+        return TowerInput(
+            torch.from_numpy(np.stack(dense, 1) if dense else np.zeros((n, 0), np.float32)),
+            torch.from_numpy(np.stack(ids, 1) if ids else np.zeros((n, 0), np.int32)),
+            self._domains(table, side),
+        )
+
+    def _dense(self, table: pa.Table, feature: Feature) -> NDArray[np.float32]:
+        return to_float(table[feature.name], feature.name, feature.log1p)
+
+    def _ids(self, table: pa.Table, feature: Feature) -> NDArray[np.int32]:
+        try:
+            return self.vocabularies[feature.name].lookup(table[feature.name])
+        except ValueError as error:
+            raise ValueError(f"column {feature.name!r}: {error}") from None
+
+    def _domains(self, table: pa.Table, side: Side) -> Tensor:
+        """(N,) int64 index of each row's surface or product."""
+        name, known = DOMAIN_COLUMN[side], self.schema.domains(side)
+        uniques, index = distinct(table[name])
+        strings = canonical(uniques).to_pylist()
+        unknown = [s for s in strings if s not in known]
+        if unknown or (index < 0).any():
+            raise ValueError(f"{name} must be one of {list(known)}, got {unknown or [None]}")
+        place = np.array([known.index(s) for s in strings], np.int64)
+        return torch.from_numpy(place[index] if len(place) else np.zeros(0, np.int64))
+
+    @cached_property
+    def _exists_TSP(self) -> Tensor:
+        return existing_slices(self.schema)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form without the schema; `from_dict` reads it back."""
+        return {name: {"values": v.values, "buckets": v.buckets} for name, v in self.vocabularies.items()}
+
+    @classmethod
+    def from_dict(cls, schema: Schema, d: Mapping[str, Any]) -> "Encoder":
+        """Inverse of `to_dict`, also after a trip through JSON."""
+        values = {name: None if v["values"] is None else tuple(v["values"]) for name, v in d.items()}
+        return cls(schema, {name: Vocabulary(values[name], d[name]["buckets"]) for name in d})
+
+
+def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
+    """Learn the vocabularies of the features with a `min_count` from the training window's files.
+
+    Raises:
+        ValueError: a categorical feature without exactly one of vocabulary, buckets and min_count, or a
+            feature that a file does not have.
+    """
+    categorical = [f for f in schema.features if f.kind == "categorical"]
+    for f in categorical:
+        given = [x for x in (f.vocabulary, f.buckets, f.min_count) if x is not None]
+        if len(given) != 1:
+            raise ValueError(f"feature {f.name!r} needs one of vocabulary, buckets and min_count, got {len(given)}")
+    learned = [f.name for f in categorical if f.min_count is not None]
+    counts = _count(learned, files)
+    vocabularies = {}
+    for f in categorical:
+        if f.min_count is not None:
+            frequent = (value for value, n in counts[f.name].items() if n >= f.min_count)
+            vocabularies[f.name] = Vocabulary(tuple(sorted(frequent)))
+        else:
+            vocabularies[f.name] = Vocabulary(f.vocabulary, f.buckets)
+    return Encoder(schema, vocabularies)
+
+
+def read_tables(files: Iterable[str | Path], columns: Sequence[str]) -> Iterable[pa.Table]:
+    """The files' rows in order, at most `READ_ROWS` at a time; columns that a file lacks are left out.
+
+    Opened one by one: a dataset would read the hive folder's `ds` into the table.
+    """
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(READ_ROWS, columns=list(columns)):
+                yield pa.Table.from_batches([batch])
+
+
+def to_float(column: pa.ChunkedArray, name: str, log1p: bool = False) -> NDArray[np.float32]:
+    """(N,) float32; null, NaN and infinity become NaN. Days since 1970 for a date, seconds for a time.
+
+    Raises:
+        ValueError: a type that is not a number.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    column = column.cast(kind)
+    if pa.types.is_date(kind):
+        column = column.cast(pa.date32()).cast(pa.int32())
+    elif pa.types.is_timestamp(kind):
+        column = pc.divide(column.cast(pa.timestamp("us", kind.tz)).cast(pa.int64()).cast(pa.float64()), 1e6)
+    elif pa.types.is_boolean(kind):
+        column = column.cast(pa.int8())
+    elif pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"column {name!r} must hold numbers, got {kind}")
+    if pa.types.is_uint64(kind) or pa.types.is_int64(kind):
+        column = pc.cast(column, pa.float64(), safe=False)
+    x = np.array(column.cast(pa.float64()).to_numpy(), np.float64)
+    if log1p:
+        x = np.sign(x) * np.log1p(np.abs(x))
+    with np.errstate(over="ignore"):
+        out = x.astype(np.float32)
+    out[~np.isfinite(out)] = np.nan
+    return out
+
+
+def _score(table: pa.Table, name: str) -> NDArray[np.float32]:
+    if name not in table.column_names:
+        raise ValueError(f"the table lacks the column {name!r}; it has {table.column_names}")
+    score = to_float(table[name], name)
+    if ((score < 0) | (score > 1)).any():
+        raise ValueError(f"{name!r} must lie in [0, 1], got {np.nanmin(score)} to {np.nanmax(score)}")
+    return score
+
+
+def _count(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, Counter[str]]:
+    """How often each canonical value of each column occurs."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for table in read_tables(files, names) if names else ():
+        missing = [name for name in names if name not in table.column_names]
+        if missing:
+            raise ValueError(f"a training file lacks the columns {missing}; it has {table.column_names}")
+        for name in names:
+            uniques, index = distinct(table[name])
+            seen = np.bincount(index[index >= 0], minlength=len(uniques))
+            for value, n in zip(canonical(uniques).to_pylist(), seen.tolist(), strict=True):
+                if value is not None:
+                    counts[name][value] += n
+    return counts

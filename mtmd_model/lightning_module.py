@@ -1,0 +1,156 @@
+"""The training and validation step of any two-tower ranker.
+
+Shapes: B rows, T tasks, S surfaces, P products.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtmd_model.batch import Batch
+from mtmd_model.loss import kl_divergence, kl_loss
+from mtmd_model.metrics import FLOOR
+from mtmd_model.two_tower import TwoTower
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW and its learning rate.
+
+    Raises:
+        ValueError: a value that no run can have.
+    """
+
+    learning_rate: float = 2e-3
+    """Highest learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: down to `final_share` at the last epoch, or level."""
+    warmup_share: float = 0.05
+    """Share of all steps in which the learning rate rises from zero."""
+    final_share: float = 0.02
+    """The cosine's last learning rate, as a share of the highest."""
+    weight_decay: float = 0.01
+    """Of the matrices; norms and biases have none."""
+    embedding_weight_decay: float = 0.01
+    """Of the embedding tables."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate!r}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule must be 'cosine' or 'constant', got {self.schedule!r}")
+        for name in ("warmup_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        if self.weight_decay < 0 or self.embedding_weight_decay < 0:
+            raise ValueError(f"weight decays must be 0 or more, got {self.weight_decay}, {self.embedding_weight_decay}")
+
+    def share(self, step: int, steps: int) -> float:
+        """The learning rate at a step out of all, as a share of the highest."""
+        warmup = max(1, round(self.warmup_share * steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return self.final_share + (1 - self.final_share) * (1 + math.cos(math.pi * done)) / 2
+
+
+class RankerModule(L.LightningModule):
+    """KL to the heavyweight scores; validation by KL and by mean LogMAE over the slice x task cells.
+
+    Args:
+        model: any two-tower ranker.
+        optimiser: AdamW and its learning rate.
+    """
+
+    def __init__(self, model: TwoTower, optimiser: OptimiserConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.optimiser = optimiser
+        self.history: list[dict[str, Any]] = []
+        """One entry an epoch: epoch, train_loss, validation_loss, validation_logmae."""
+        schema = model.schema
+        weights = torch.tensor([t.weight for t in schema.tasks])
+        cells = len(schema.surfaces) * len(schema.products), len(schema.tasks)
+        self.register_buffer("task_weight_T", weights, persistent=False)
+        # sums over the epoch stay on the device: a number asked for at every step would stall it
+        self.register_buffer("train_sum", torch.zeros(2, dtype=torch.float64), persistent=False)
+        self.register_buffer("validation_sum", torch.zeros(2, dtype=torch.float64), persistent=False)
+        self.register_buffer("cell_sum", torch.zeros(2, *cells, dtype=torch.float64), persistent=False)
+
+    task_weight_T: Tensor
+    train_sum: Tensor
+    validation_sum: Tensor
+    cell_sum: Tensor
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """The batch's loss, a scalar."""
+        loss = kl_loss(self.model(batch).float(), batch.labels, batch.weight, self.task_weight_T)
+        self.train_sum += torch.stack([loss.detach() * len(batch), torch.ones_like(loss) * len(batch)])
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums."""
+        self.validation_sum.zero_()
+        self.cell_sum.zero_()
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Add the batch to the sums."""
+        z_BT, t_BT = self.model(batch).double(), batch.labels.double()
+        exists_BT = ~t_BT.isnan()
+        weight_B1 = batch.weight.double()[:, None]
+        loss_B = kl_divergence(z_BT, t_BT) @ self.task_weight_T.double()
+        self.validation_sum += torch.stack([loss_B @ weight_B1[:, 0], weight_B1.sum()])
+        error_BT = (F.logsigmoid(z_BT).clamp_min(math.log(FLOOR)) - t_BT.clamp_min(FLOOR).log()).abs()
+        cell_B = batch.query.domain * len(self.model.schema.products) + batch.item.domain
+        self.cell_sum[0].index_add_(0, cell_B, torch.where(exists_BT, error_BT, 0) * weight_B1)
+        self.cell_sum[1].index_add_(0, cell_B, exists_BT * weight_B1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's validation loss and LogMAE."""
+        errors, weights = self.cell_sum
+        cell_logmae = (errors / weights)[weights > 0]
+        self.log("validation_loss", self.validation_sum[0] / self.validation_sum[1], prog_bar=True)
+        self.log("validation_logmae", cell_logmae.mean(), prog_bar=True)
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Add the epoch to the history and return its entry; called once, when an epoch and its validation end."""
+        entry: dict[str, Any] = {"epoch": self.current_epoch}
+        entry["train_loss"] = (self.train_sum[0] / self.train_sum[1]).item()
+        for name in ("validation_loss", "validation_logmae"):
+            value = self.trainer.callback_metrics.get(name)
+            entry[name] = None if value is None else value.item()
+        self.history.append(entry)
+        self.train_sum.zero_()
+        return entry
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with the learning rate set at every step."""
+        tables = self.model.embedding_tables()
+        is_table = {id(p) for p in tables}
+        matrices, others = [], []
+        for name, p in self.model.named_parameters():
+            if id(p) not in is_table:
+                (matrices if is_matrix(name, p) else others).append(p)
+        groups = [
+            {"params": matrices, "weight_decay": self.optimiser.weight_decay},
+            {"params": tables, "weight_decay": self.optimiser.embedding_weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.optimiser.learning_rate, fused=self.device.type in ("cpu", "cuda")
+        )
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: self.optimiser.share(step, steps))
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def is_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether a parameter is a weight matrix, or a group of them; gains and biases are rows."""
+    return p.dim() >= 2 and p.shape[-2] > 1 and "bias" not in name

@@ -1,0 +1,65 @@
+"""Which experts a model uses: the routing layer's weights, averaged.
+
+Shapes: T tasks of a domain, B rows, E experts.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtmd_model.batch import Batch
+from mtmd_model.domain_expert import EXPERTS
+from mtmd_model.mtmd import MTMD
+
+
+def routing_summary(model: MTMD, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+    """One entry a tower, domain, task and expert, of the domains that have rows.
+
+    Keys: tower, domain, task, expert, rows, mean_gate; max_gate_share, the share of the rows in which this
+    expert has the largest weight; entropy, the mean over rows of the entropy of a row's weights, and
+    entropy_of_mean, that of the mean weights, both in nats (ln 3 = 1.099 is uniform). A router that gives
+    every row the same weights has equal entropies; one that has collapsed has both near zero.
+    """
+    sums: dict[tuple[str, str], list[Tensor]] = {}
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            batch = batch.to(device)
+            for tower, x in ((model.query_tower, batch.query), (model.item_tower, batch.item)):
+                for domain, gates_TBE in tower(x).gates.items():
+                    new = _sums(gates_TBE.double().cpu())
+                    old = sums.get((tower.side, domain))
+                    sums[tower.side, domain] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+    model.train(was_training)
+
+    out = []
+    for (side, domain), (rows, gate_TE, first_TE, entropy_T) in sums.items():
+        tasks = (model.query_tower if side == "query" else model.item_tower).tasks[domain]
+        for t, task in enumerate(tasks):
+            mean_E = gate_TE[t] / rows
+            for e, expert in enumerate(EXPERTS):
+                out.append(
+                    {
+                        "tower": side,
+                        "domain": domain,
+                        "task": task,
+                        "expert": expert,
+                        "rows": int(rows),
+                        "mean_gate": mean_E[e].item(),
+                        "max_gate_share": (first_TE[t, e] / rows).item(),
+                        "entropy": (entropy_T[t] / rows).item(),
+                        "entropy_of_mean": torch.special.entr(mean_E).sum().item(),
+                    }
+                )
+    return out
+
+
+def _sums(gates_TBE: Tensor) -> list[Tensor]:
+    """Rows, sum of gates, how often each is the largest, sum of entropies."""
+    first_TBE = torch.nn.functional.one_hot(gates_TBE.argmax(-1), gates_TBE.shape[-1])
+    rows = torch.tensor(float(gates_TBE.shape[1]))
+    return [rows, gates_TBE.sum(1), first_TBE.double().sum(1), torch.special.entr(gates_TBE).sum((1, 2))]

@@ -1,0 +1,126 @@
+"""The query and the item tower: one domain expert a surface or a product (paper section 2.2).
+
+Shapes: B rows of a batch, T tasks, D width of a task's embedding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mtmd_model.batch import TowerInput
+from mtmd_model.domain_adaptation import DomainAdaptation
+from mtmd_model.domain_expert import DomainExpert
+from mtmd_model.domain_norm import DomainNorm
+from mtmd_model.embeddings import FeatureEmbeddings
+from mtmd_model.ffn import FFN
+from mtmd_model.schema import Schema, Side
+from mtmd_model.slices import tasks_of
+
+if TYPE_CHECKING:
+    from mtmd_model.mtmd import MTMDConfig
+
+
+def module_key(name: str) -> str:
+    """A name as a key of a ModuleDict, which takes no dot and no attribute of its own (`items`, `type` …)."""
+    return "=" + name.replace("%", "%25").replace(".", "%2E")
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """What a tower makes of a batch."""
+
+    embeddings: dict[str, Tensor]
+    """Task -> (B, D) emb_deep ∥ emb_shallow; zeros in the rows of a domain that does not have the task."""
+    gates: dict[str, Tensor]
+    """Domain -> (tasks of the domain, rows of the domain, experts), of the domains that have rows."""
+
+
+class Tower(nn.Module):
+    """Rows sorted by domain, each run by its own domain's expert only, and put back in their places.
+
+    A domain without rows is not touched, and no gradient reaches it. The domain-shared expert runs once, on
+    all rows.
+
+    Args:
+        side: query (a domain is a surface) or item (a product).
+        schema: domains, tasks and features.
+        rows: rows of each categorical feature's vocabulary, by feature.
+        config: widths and sizes.
+    """
+
+    def __init__(self, side: Side, schema: Schema, rows: Mapping[str, int], config: "MTMDConfig") -> None:
+        super().__init__()
+        self.side = side
+        self.domains = schema.domains(side)
+        self.tasks = {d: tuple(t.name for t in tasks_of(schema, side, d)) for d in self.domains}
+        deep_width = {t.name: config.embedding_width(t) for t in schema.tasks}
+        self.widths = {task: deep + config.shallow[-1] for task, deep in deep_width.items()}
+
+        features = schema.side(side)
+        dense = tuple(f for f in features if f.kind == "dense")
+        categorical = tuple(f for f in features if f.kind == "categorical")
+        self.embeddings = FeatureEmbeddings(categorical, rows, self.domains, config.embedding_std)
+        self.adaptation = nn.ModuleDict()
+        self.expert = nn.ModuleDict()
+        for d in self.domains:
+            adaptation = DomainAdaptation(
+                d, dense, self.embeddings.fields, config.norm_clip, config.norm_horizon, config.se_reduction
+            )
+            deep_widths = tuple(deep_width[t] for t in self.tasks[d])
+            self.adaptation[module_key(d)] = adaptation
+            self.expert[module_key(d)] = DomainExpert(deep_widths, adaptation.d_own, adaptation.d_key, config)
+        self.domain_shared = FFN(adaptation.d_common, config.deep, config.dropout)
+
+    def forward(self, x: TowerInput) -> TowerOutput:
+        """(B, ...) columns -> every task's embedding."""
+        groups = x.grouped(len(self.domains))
+        dense_BF = x.dense.index_select(0, groups.order_B)
+        ids_BC = x.ids.index_select(0, groups.order_B)
+        embedded_BW = self.embeddings(ids_BC, x.domain.index_select(0, groups.order_B))
+
+        blocks = zip(self.domains, dense_BF.split(groups.counts), embedded_BW.split(groups.counts), strict=True)
+        adapted = {
+            d: self.adaptation[module_key(d)](dense, embedded) for d, dense, embedded in blocks if len(dense)
+        }
+        shared_BH = self.domain_shared(torch.cat([a.common_BS for a in adapted.values()]))
+        shared = dict(zip(adapted, shared_BH.split([n for n in groups.counts if n]), strict=True))
+        outputs = {d: self.expert[module_key(d)](adapted[d], shared[d]) for d in adapted}
+
+        sorted_BW = torch.cat([self._all_tasks(d, out.embedding_BW) for d, out in outputs.items()])
+        embedding_BW = _Permute.apply(sorted_BW, groups.inverse_B, groups.order_B)
+        parts = embedding_BW.split(list(self.widths.values()), 1)
+        return TowerOutput(
+            dict(zip(self.widths, parts, strict=True)), {d: out.gates_TBE for d, out in outputs.items()}
+        )
+
+    def statistics(self, domain: str) -> tuple[list[float], list[float], list[float]]:
+        """Mean, variance and count of each of the tower's dense features in a domain."""
+        norm = self.adaptation[module_key(domain)].norm
+        assert isinstance(norm, DomainNorm)
+        return norm.mean.tolist(), norm.var.tolist(), norm.count.tolist()
+
+    def _all_tasks(self, domain: str, embedding_BW: Tensor) -> Tensor:
+        """A domain's embeddings among zeros for the tasks it does not have, so that every domain has one width."""
+        have = self.tasks[domain]
+        if len(have) == len(self.widths):
+            return embedding_BW
+        parts = dict(zip(have, embedding_BW.split([self.widths[t] for t in have], 1), strict=True))
+        rows = len(embedding_BW)
+        return torch.cat([parts.get(t, embedding_BW.new_zeros(rows, w)) for t, w in self.widths.items()], 1)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; the gradient is g[inverse], a gather, where autograd would scatter row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None

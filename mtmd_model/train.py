@@ -1,0 +1,241 @@
+"""One training run: files in, a model's folder out."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor
+
+from mtmd_model import checkpoint
+from mtmd_model.architectures import build, config_to_dict
+from mtmd_model.data import WindowData, slice_logits
+from mtmd_model.encoder import Encoder, fit_encoder
+from mtmd_model.lightning_module import OptimiserConfig, RankerModule
+from mtmd_model.mtmd import MTMD, MTMDConfig
+from mtmd_model.predict import Predictor
+from mtmd_model.schema import Schema
+from mtmd_model.two_tower import TwoTower, count_parameters
+
+OnEpoch = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run, besides its data.
+
+    Raises:
+        ValueError: a value that no run can have.
+    """
+
+    architecture: str = "mtmd"
+    """A name in `architectures.ARCHITECTURES`."""
+    model: Any = field(default_factory=lambda: MTMDConfig.preset("small"))
+    """The architecture's configuration; for `mtmd` an `MTMDConfig`."""
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    """AdamW and its learning rate."""
+    batch_size: int = 4096
+    """Largest number of rows of a batch."""
+    max_epochs: int = 12
+    """Passes over the window, at most; the cosine ends here."""
+    patience: int = 3
+    """Epochs without a lower validation loss before training stops."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
+    seed: int = 0
+    """Of the initial weights and the shuffles; on a CPU it decides every number."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to train."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Of the matrix products; scores, gates, norms and sums stay in fp32."""
+    progress_bar: bool = False
+    """Draw one."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
+        if self.gradient_clip < 0:
+            raise ValueError(f"gradient_clip must be 0 or more, got {self.gradient_clip!r}")
+        if self.accelerator not in ("auto", "cpu", "gpu"):
+            raise ValueError(f"accelerator must be 'auto', 'cpu' or 'gpu', got {self.accelerator!r}")
+        if self.precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(f"precision must be '32-true' or 'bf16-mixed', got {self.precision!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {**asdict(self), "model": config_to_dict(self.model)}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    predictor: Predictor
+    """The model, on the CPU."""
+    manifest: Mapping[str, Any]
+    """As written."""
+    out_dir: Path
+    """Where it lies."""
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry an epoch: epoch, train_loss, validation_loss, validation_logmae."""
+        return list(self.manifest["history"])
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights were kept, from 0."""
+        return int(self.manifest["best_epoch"])
+
+
+def train(
+    schema: Schema,
+    train_files: Sequence[str | Path],
+    validation_files: Sequence[str | Path],
+    config: TrainConfig,
+    out_dir: str | Path,
+    on_epoch: OnEpoch | None = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Fit the vocabularies and a model, and write its folder.
+
+    Stops `patience` epochs after the best validation loss and keeps that epoch's weights. Without validation
+    files it runs all epochs and keeps the last. The random state of the caller is left as it was.
+
+    Args:
+        train_files: Parquet files of joined examples, the training window.
+        validation_files: the same of the days to stop on.
+        out_dir: the model's folder, replaced whole.
+        on_epoch: called with each epoch's entry of the history, as it ends.
+        manifest: further JSON-ready entries for the manifest, such as `code_version` and `window`.
+
+    Raises:
+        ValueError: files without rows or with rows that cannot be encoded, or a schema without a model.
+        RuntimeError: the loss is no longer a number.
+    """
+    started = time.perf_counter()
+    encoder = fit_encoder(schema, train_files)
+    data = WindowData(encoder, train_files, validation_files, config.batch_size, config.seed)
+    loaded = time.perf_counter()
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(config.seed)
+        model = build(config.architecture, encoder, config.model)
+        model.set_bias(slice_logits(data.window, encoder, model.constrained))
+        module = RankerModule(model, config.optimiser)
+        best = _BestEpoch(on_epoch)
+        stop = EarlyStopping("validation_loss", patience=config.patience, check_finite=False)
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=1,
+            precision=config.precision,
+            max_epochs=config.max_epochs,
+            gradient_clip_val=config.gradient_clip or None,
+            callbacks=[best, stop] if validation_files else [best],
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=config.progress_bar,
+        )
+        trainer.fit(module, datamodule=data)
+    model.to("cpu")
+    if best.weights is not None:
+        model.load_state_dict(best.weights)
+    model.eval()
+
+    hashes = {str(f): _file_hash(f) for f in [*train_files, *validation_files]}
+    entries = {
+        "train_config": config.to_dict(),
+        "seed": config.seed,
+        "rows": {"train": len(data.window), "validation": 0 if data.validation is None else len(data.validation)},
+        "train_files": [str(f) for f in train_files],
+        "validation_files": [str(f) for f in validation_files],
+        "data_hashes": hashes,
+        "params": count_parameters(model),
+        "normalisation": normalisation_summary(model),
+        "best_epoch": best.epoch,
+        "history": module.history,
+        "seconds": {"load": loaded - started, "fit": time.perf_counter() - loaded},
+        "torch_version": str(torch.__version__),
+        **(manifest or {}),
+    }
+    written = checkpoint.save(out_dir, model, encoder, config.architecture, config.model, entries)
+    return TrainResult(Predictor(model, encoder, written), written, Path(out_dir))
+
+
+def normalisation_summary(model: TwoTower) -> dict[str, Any]:
+    """Tower -> domain -> dense feature -> {mean, std, count} of its observed values, for people to read."""
+    if not isinstance(model, MTMD):
+        return {}
+    out: dict[str, Any] = {}
+    for tower in (model.query_tower, model.item_tower):
+        dense = [f for f in model.schema.side(tower.side) if f.kind == "dense"]
+        out[tower.side] = {
+            domain: {
+                f.name: {"mean": mean, "std": var**0.5, "count": int(count)}
+                for f, mean, var, count in zip(dense, *tower.statistics(domain), strict=True)
+                if domain in f.domains
+            }
+            for domain in tower.domains
+        }
+    return out
+
+
+class _BestEpoch(L.Callback):
+    """Keeps the weights of the epoch with the lowest validation loss, in memory."""
+
+    def __init__(self, on_epoch: OnEpoch | None) -> None:
+        self.on_epoch = on_epoch
+        self.loss = float("inf")
+        self.epoch = 0
+        self.weights: dict[str, Tensor] | None = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning calls callbacks before the module, whose history therefore lacks this epoch
+        assert isinstance(pl_module, RankerModule)
+        entry = pl_module.finish_epoch()
+        loss = entry["train_loss"] if entry["validation_loss"] is None else entry["validation_loss"]
+        if loss != loss:
+            raise RuntimeError(f"the loss of epoch {entry['epoch']} is not a number: lower the learning rate")
+        if entry["validation_loss"] is None:
+            self.epoch = entry["epoch"]
+        elif loss < self.loss:
+            self.loss, self.epoch = loss, entry["epoch"]
+            self.weights = {k: v.detach().cpu().clone() for k, v in pl_module.model.state_dict().items()}
+        if self.on_epoch is not None:
+            self.on_epoch(entry)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of every run: the devices it found, tips, and that no worker process feeds it."""
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message="GPU available but not used.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _file_hash(path: str | Path) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

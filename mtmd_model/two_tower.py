@@ -1,0 +1,74 @@
+"""What every two-tower ranker here has in common: stored vectors, their dot product, the chain of tasks.
+
+Training, checkpoints and predictions know this class only, so that a contender is one more subclass.
+
+Shapes: B rows, T tasks, D width of a task's stored vector.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mtmd_model.batch import Batch, TowerInput
+from mtmd_model.constrained import joint_logits
+from mtmd_model.schema import Schema
+
+
+class TwoTower(nn.Module):
+    """logit of P(task | given) = query vector . item vector, and nothing else.
+
+    A subclass implements `embed_query` and `embed_item`; one whose vectors depend on both sides' domains
+    (a tower pair a slice) overrides `embed` too.
+
+    Args:
+        schema: domains, tasks and features.
+        constrained: whether a task's dot product is conditional on its parent; if not, the logit of
+            P(task | impression) itself.
+    """
+
+    def __init__(self, schema: Schema, constrained: bool) -> None:
+        super().__init__()
+        self.schema = schema
+        self.constrained = constrained
+
+    def embed_query(self, query: TowerInput) -> dict[str, Tensor]:
+        """Task -> (B, D), the vectors to store; needs no item."""
+        raise NotImplementedError
+
+    def embed_item(self, item: TowerInput) -> dict[str, Tensor]:
+        """Task -> (B, D), the vectors to store; needs no query."""
+        raise NotImplementedError
+
+    def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both sides' vectors of the same rows."""
+        return self.embed_query(batch.query), self.embed_item(batch.item)
+
+    def set_bias(self, logits_TSP: Tensor) -> None:
+        """Start from these logits of P(task | given), by task, surface and product."""
+        raise NotImplementedError
+
+    def embedding_tables(self) -> list[nn.Parameter]:
+        """The parameters that are embedding tables; all others count as dense."""
+        return [p for n, p in self.named_parameters() if ".tables." in n]
+
+    def unconditional(self, logits_BT: Tensor) -> Tensor:
+        """(B, T) logits of the dot products -> (B, T) logits of P(task | impression)."""
+        return joint_logits(logits_BT, self.schema.tasks) if self.constrained else logits_BT
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, T) logits of P(task | impression); meaningless where a task does not exist in the row's slice."""
+        query, item = self.embed(batch)
+        return self.unconditional(dot_products(query, item))
+
+
+def dot_products(query: Mapping[str, Tensor], item: Mapping[str, Tensor]) -> Tensor:
+    """Two mappings task -> (B, D) -> (B, T), in fp32 at least."""
+    exact = torch.promote_types(next(iter(query.values())).dtype, torch.float32)
+    return torch.stack([(query[t].to(exact) * item[t].to(exact)).sum(-1) for t in query], 1)
+
+
+def count_parameters(model: TwoTower) -> dict[str, int]:
+    """{"embedding": numbers in embedding tables, "dense": all others}."""
+    embedding = sum(p.numel() for p in model.embedding_tables())
+    return {"embedding": embedding, "dense": sum(p.numel() for p in model.parameters()) - embedding}

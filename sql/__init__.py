@@ -1,0 +1,10 @@
+"""One file a derived table, view or macro, each readable on its own."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def text(name: str) -> str:
+    """The statement in `sql/<name>.sql`."""
+    return (FOLDER / f"{name}.sql").read_text()

@@ -1,0 +1,18 @@
+-- The two constant predictors of each slice x task: its mean and its geometric median over the training window.
+--
+-- Reads `window_examples` (the window's joined_examples). The geometric median is the constant that minimises LogMAE;
+-- the mean is the calibrated one.
+WITH window_scores AS (
+    UNPIVOT (SELECT surface, product, weight, COLUMNS('score_.*') FROM window_examples)
+    ON COLUMNS(* EXCLUDE (surface, product, weight))
+    INTO NAME task VALUE score
+)
+
+SELECT
+    surface,
+    product,
+    task.replace('score_', '') AS task,
+    sum(weight * score) / sum(weight) AS constant,
+    exp(median(ln(greatest(score, $floor)))) AS constant_median
+FROM window_scores
+GROUP BY ALL
