@@ -1,15 +1,20 @@
 """Jobs and schedules: data and models apart for backfills, both together every day."""
 
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
 from mtmd_assets.assets import embeddings, evaluation
 from mtmd_assets.assets.common import asset_key, daily_partitions
 from mtmd_assets.home import Site
 
+if TYPE_CHECKING:
+    from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+
 MODEL_TABLES = ("models", *evaluation.TABLES, *embeddings.TABLES)
 
 
-def jobs(site: Site) -> list[dg.UnresolvedAssetJobDefinition]:
+def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
     """`<platform>_data`, `<platform>_models` and `<platform>_daily`, which is both.
 
     One process a run: the steps are few, and each process would pay for torch and Lightning again.
@@ -34,7 +39,7 @@ def jobs(site: Site) -> list[dg.UnresolvedAssetJobDefinition]:
     ]
 
 
-def schedule(site: Site, daily: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+def schedule(site: Site, daily: "UnresolvedAssetJobDefinition") -> dg.ScheduleDefinition:
     """A tick on day D runs the partition D-1: its window ends on D-1, and the model trained through D-2 is evaluated on it."""
     return dg.build_schedule_from_partitioned_job(
         daily, name=f"{site.platform.name}_every_day", hour_of_day=site.platform.schedule_hour, minute_of_hour=0

@@ -1,6 +1,7 @@
 """The command `mtmd`: what the Makefile calls, and what a person types.
 
     mtmd demo [--platform NAME] [--data FOLDER]   build days, train, evaluate, print the scoreboard
+    mtmd backfill FIRST LAST [--platform NAME]     build days of data without the UI
     mtmd register FILE [--data FOLDER]            add a platform to the home
     mtmd scoreboard [--platform NAME]             LogMAE by slice and task, of every evaluated day
     mtmd sql [--platform NAME] [QUERY]            one query, or a DuckDB prompt
@@ -32,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="mtmd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("demo", "scoreboard", "sql"):
+    for name in ("demo", "backfill", "scoreboard", "sql"):
         commands.add_parser(name).add_argument("--platform", default=ALWAYS)
     commands.choices["demo"].add_argument("--data", help="the folder of the platform's logs, where it needs one")
+    for bound in ("first", "last"):
+        commands.choices["backfill"].add_argument(bound, type=date.fromisoformat, help="a day, YYYY-MM-DD")
     commands.choices["sql"].add_argument("query", nargs="?")
     register = commands.add_parser("register")
     register.add_argument("file", help="a platform file, or the name of a shipped one")
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "demo":
             return demo(home, options.platform, options.data)
+        if options.command == "backfill":
+            return backfill(home.site(options.platform), options.first, options.last, home)
         if options.command == "scoreboard":
             return print_scoreboard(home.site(options.platform))
         if options.command == "sql":
@@ -94,6 +99,19 @@ def demo(home: Home, name: str, data: str | None) -> int:
     return print_scoreboard(site)
 
 
+def backfill(site: Site, first: date, last: date, home: Home) -> int:
+    """Build the data tables of the days first..last in one run, as a backfill from the UI does."""
+    import dagster as dg
+
+    from mtmd_assets.definitions import platform_definitions
+
+    home.prepare_dagster()
+    job = platform_definitions(site).resolve_job_def(f"{site.platform.name}_data")
+    with dg.DagsterInstance.get() as instance, _step(f"build and check the days {first} to {last} of {site.platform.name}"):
+        _run(job, instance, tags={_RANGE_START: str(first), _RANGE_END: str(last)})
+    return 0
+
+
 def site_key(site: Site, table: str) -> "dg.AssetKey":
     """The asset key of a table of a site."""
     from mtmd_assets.assets.common import asset_key
@@ -139,6 +157,8 @@ def _run(
         for event in result.all_events:
             if event.is_step_failure:
                 error = event.step_failure_data.error
+                while error and error.cause:
+                    error = error.cause
                 print(f"    {event.step_key}: {error.message if error else 'failed'}", file=sys.stderr)
         raise SystemExit(f"{job.name} failed; `make ui` shows run {result.run_id}")
 

@@ -4,6 +4,8 @@ Dagster loads `defs`. One factory builds the definitions of every platform regis
 asset-key prefix.
 """
 
+import warnings
+
 import dagster as dg
 
 from mtmd_assets.assets.data import data_assets
@@ -16,6 +18,12 @@ from mtmd_assets.home import Home, Site
 
 def platform_definitions(site: Site) -> dg.Definitions:
     """Everything of one platform."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*`backfill_policy`", category=dg.BetaWarning)
+        return _platform_definitions(site)
+
+
+def _platform_definitions(site: Site) -> dg.Definitions:
     data, models, daily = jobs(site)
     return dg.Definitions(
         assets=[data_assets(site), training_assets(site), evaluation_assets(site), embedding_assets(site)],

@@ -64,7 +64,9 @@ def require_days(platform: Platform, warehouse: Warehouse, first: date, last: da
     missing = warehouse.missing("impressions", max(first, platform.start), last)
     if missing:
         days = ", ".join(d.isoformat() for d in missing)
-        raise Withheld(f"{platform.name}: {wanted_by} needs the impressions of {days}: build the asset impressions there first")
+        raise Withheld(
+            f"{platform.name}: {wanted_by} needs the impressions of {days}: build the asset impressions there first"
+        )
 
 
 def create_counters(

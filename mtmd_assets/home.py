@@ -14,7 +14,7 @@ import yaml
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.platform import SHIPPED, Platform, load_platform, parse_platform
 from mtmd_assets.sources import Source, open_source
-from mtmd_assets.tables import tables
+from mtmd_assets.tables import settings, tables
 from mtmd_assets.warehouse import Warehouse
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ class Site:
     @cached_property
     def warehouse(self) -> Warehouse:
         """Its lake and views."""
-        return Warehouse(self.folder, tables(self.platform))
+        return Warehouse(self.folder, tables(self.platform), settings(self.platform))
 
     @cached_property
     def source(self) -> Source:

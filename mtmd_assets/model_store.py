@@ -40,11 +40,9 @@ def trained_on(site: Site, last_day: date) -> ModelRecord:
     file = site.warehouse.path("models", last_day)
     if not file.is_file():
         raise Withheld(f"no model is trained through {last_day}: materialise {site.platform.name}/models for {last_day}")
-    row = duckdb.execute(
-        "SELECT model_version, seed, window_start, window_end FROM read_parquet($file) WHERE model = 'mtmd' AND promoted",
-        {"file": str(file)},
-    ).fetchone()
-    assert row is not None, file
+    query = "SELECT model_version, seed, window_start, window_end FROM read_parquet($file) WHERE model = 'mtmd' AND promoted"
+    with duckdb.connect() as con:
+        [row] = con.execute(query, {"file": str(file)}).fetchall()
     return ModelRecord(*row)
 
 
@@ -57,7 +55,7 @@ def load(site: Site, record: ModelRecord) -> "Predictor":
     from mtmd_model import checkpoint
 
     model = checkpoint.load(site.models / record.version)
-    if model.schema != site.platform.schema:
+    if model.encoder.schema != site.platform.schema:
         raise Withheld(
             f"model {record.version} was trained under another platform file (other features, tasks or slices): "
             f"materialise {site.platform.name}/models for {record.window_end} again"
@@ -74,9 +72,9 @@ def version_name(last_day: date, ingredients: dict[str, Any]) -> str:
 @cache
 def code_version() -> str:
     """A hash of the source of `mtmd_model`: what a checkpoint must be read by."""
-    import mtmd_model
+    from mtmd_model import schema
 
-    folder = Path(mtmd_model.__file__).parent
+    folder = Path(schema.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.py")):
         digest.update(file.read_bytes())

@@ -180,7 +180,7 @@ class Ranker(Frozen):
     """Its own counters (of every open-ended categorical feature and every pair in `cross`) look back this far."""
     trees: int = Field(600, gt=0)
     """At most this many a task; how many is decided on the training window's last day."""
-    learning_rate: float = Field(0.05, gt=0)
+    learning_rate: float = Field(0.03, gt=0)
     leaves: int = Field(15, gt=1)
     min_leaf: int = Field(50, gt=0)
     """Fewest training rows in a leaf."""
@@ -212,13 +212,15 @@ class Training(Frozen):
     window_days: int = Field(7, ge=2)
     """Days of a training window; the last one decides when to stop, the others are trained on."""
     preset: Literal["small", "paper"] = "small"
-    max_epochs: int = Field(20, gt=0)
+    max_epochs: int = Field(12, gt=0)
     patience: int = Field(3, gt=0)
     batch_size: int = Field(4096, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
     seed: int = 0
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
 class OutOfScope(Frozen):

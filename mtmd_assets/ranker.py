@@ -85,7 +85,9 @@ def ranker_day(platform: Platform, day: date) -> date:
     """
     ranker = _ranker(platform)
     if day < platform.scored_from:
-        raise ValueError(f"{platform.name}: no ranker scores {day}: the first is trained on the days before {platform.scored_from}")
+        raise ValueError(
+            f"{platform.name}: no ranker scores {day}: the first is trained on the days before {platform.scored_from}"
+        )
     first = platform.scored_from - timedelta(1)
     if ranker.refresh_days is None:
         return first
@@ -124,7 +126,9 @@ def train_ranker(
     frame = pl.concat([_frame(con, platform, warehouse, d) for d in days])
     columns = _columns(platform)
     categories = {
-        c: tuple(frame[c].drop_nulls().cast(pl.String).value_counts(sort=False).sort("count", c, descending=[True, False])[c])
+        c: tuple(
+            frame[c].drop_nulls().cast(pl.String).value_counts(sort=False).sort("count", c, descending=[True, False])[c]
+        )
         for c in _categorical(platform)
     }
     if len(days) > 1:
@@ -140,6 +144,8 @@ def train_ranker(
         "feature_fraction": 0.5,
         "bagging_fraction": 0.8,
         "bagging_freq": 1,
+        # Random thresholds: they overfit less to the days trained on, and what they predict is smoother.
+        "extra_trees": True,
         "lambda_l2": 10.0,
         "cat_smooth": 20.0,
         "cat_l2": 20.0,
@@ -148,7 +154,8 @@ def train_ranker(
         "seed": spec.seed,
         "deterministic": True,
         "force_row_wise": True,
-        "num_threads": 2,
+        # Threads that wait for each other spin: on a busy machine two took 30 times as long as one on small data.
+        "num_threads": 1 if len(frame) < 300_000 else 2,
         "verbosity": -1,
     }
     digest = hashlib.sha256(json.dumps([platform.fingerprint, params, columns, categories]).encode())
@@ -165,7 +172,10 @@ def train_ranker(
         digest.update(np.where(chosen, y, -1).tobytes())
         rows, positives = int(chosen.sum()), int(y[chosen].sum())
         if rows == 0:
-            raise Withheld(f"{platform.name}: no observed outcome of {task.name} in {days[0]} to {last_day}: nothing to train the ranker on")
+            raise Withheld(
+                f"{platform.name}: no observed outcome of {task.name} in {days[0]} to {last_day}, "
+                f"so that no ranker can be trained: publish impressions with outcomes"
+            )
         if positives in (0, rows):
             # Laplace's rule: an outcome never seen is not impossible.
             tasks[task.name] = TaskInfo(rows, positives, 0, (positives + 1) / (rows + 2), None, {})
@@ -186,10 +196,12 @@ def train_ranker(
                 callbacks=[lightgbm.early_stopping(50, verbose=False)],
             )
             trees = max(booster.best_iteration, 1)
-            held_auc = auc(booster.predict(x[late], num_iteration=trees), y[late])
+            held_auc = auc(np.asarray(booster.predict(x[late], num_iteration=trees)), y[late])
         booster = lightgbm.train(params, dataset(chosen), trees)
         texts[task.name] = booster.model_to_string()
-        gain = pl.DataFrame({"column": columns, "gain": booster.feature_importance("gain")}).sort("gain", descending=True)
+        gain = pl.DataFrame({"column": columns, "gain": booster.feature_importance("gain")}).sort(
+            "gain", descending=True
+        )
         importance = {c: round(g / max(gain["gain"].sum(), 1e-9), 4) for c, g in gain.head(20).iter_rows()}
         tasks[task.name] = TaskInfo(rows, positives, trees, None, held_auc, importance)
     version = digest.hexdigest()[:12]
@@ -235,9 +247,13 @@ def score_day(
     """
     info, boosters = load_ranker(folder)
     if day <= date.fromisoformat(info.last_day):
-        raise ValueError(f"{platform.name}: the ranker {info.version} knows outcomes up to {info.last_day}; it may not score {day}")
+        raise ValueError(
+            f"{platform.name}: the ranker {info.version} knows outcomes up to {info.last_day}; it may not score {day}"
+        )
     if list(info.columns) != _columns(platform):
-        raise ValueError(f"{platform.name}: the ranker {info.version} was trained on other columns: build the ranker again")
+        raise ValueError(
+            f"{platform.name}: the ranker {info.version} was trained on other columns: build the ranker again"
+        )
     require_days(platform, warehouse, day, day, f"scoring {day}")
     frame = _frame(con, platform, warehouse, day)
     x = _matrix(frame, list(info.columns), info.categories)
@@ -245,7 +261,7 @@ def score_day(
     for task in platform.tasks:
         constant = info.tasks[task.name].constant
         if constant is None:
-            p = np.asarray(boosters[task.name].predict(x, num_threads=2)) if len(x) else np.zeros(0)
+            p = np.asarray(boosters[task.name].predict(x, num_threads=1)) if len(x) else np.zeros(0)
         else:
             p = np.full(len(x), constant)
         if task.given:
@@ -276,7 +292,11 @@ def day_auc(con: duckdb.DuckDBPyConnection, platform: Platform, day: date, score
     """
     names = platform.task_names
     columns = ", ".join(["impression_id", "surface", "product", *(f"outcome_{t}" for t in names)])
-    frame = con.sql(f"SELECT {columns} FROM impressions WHERE ds = DATE '{day}'").pl().join(scores, on="impression_id", how="inner")
+    frame = (
+        con.sql(f"SELECT {columns} FROM impressions WHERE ds = DATE '{day}'")
+        .pl()
+        .join(scores, on="impression_id", how="inner")
+    )
     rows: list[tuple[str | None, str | None, str, int, int, float | None]] = []
     groups: list[tuple[tuple[Any, ...], pl.DataFrame]] = [((None, None), frame)]
     groups += sorted(frame.group_by("surface", "product"))
@@ -286,7 +306,10 @@ def day_auc(con: duckdb.DuckDBPyConnection, platform: Platform, day: date, score
             y = known[f"outcome_{t}"].to_numpy()
             if len(y):
                 rows.append((surface, product, t, len(y), int(y.sum()), auc(known[f"score_{t}"].to_numpy(), y)))
-    texts, counts = dict.fromkeys(("surface", "product", "task"), pl.String), dict.fromkeys(("rows", "positives"), pl.Int64)
+    texts, counts = (
+        dict.fromkeys(("surface", "product", "task"), pl.String),
+        dict.fromkeys(("rows", "positives"), pl.Int64),
+    )
     return pl.DataFrame(rows, schema={**texts, **counts, "auc": pl.Float64}, orient="row")
 
 

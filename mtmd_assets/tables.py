@@ -41,10 +41,13 @@ def tables(platform: Platform) -> dict[str, Columns]:
         "impressions": {**keys, **logged, **outcomes, **{n: _EXTRA[t] for n, t in platform.extras.items()}},
         "heavyweight_scores": {"impression_id": id_, "scored_at": "TIMESTAMP", "ranker_version": "VARCHAR", **scores},
         "log_rejected_rows": rejected,
+        # One row: the log's rows as received, so that `row_counts` does not add up by construction.
+        "log_row_counts": {"received": "BIGINT"},
         "joined_examples": {**keys, **features, **scores, **outcomes, "ranker_version": "VARCHAR", "weight": "DOUBLE"},
         "rejected_rows": rejected,
         "row_counts": {"source": "VARCHAR", "received": "BIGINT", "accepted": "BIGINT", "rejected": "BIGINT"},
-        "feature_missingness": {
+        # The view `feature_missingness` adds to it the rule `drift`, computed when read.
+        "feature_contract": {
             **slice_,
             "feature": "VARCHAR",
             "rule": "VARCHAR",
@@ -62,7 +65,7 @@ def tables(platform: Platform) -> dict[str, Columns]:
             "rows": "BIGINT",
             "embedding_params": "BIGINT",
             "dense_params": "BIGINT",
-            "data_hashes": "MAP(VARCHAR, VARCHAR)",
+            "data_hashes": "VARCHAR",
             "ranker_versions": "VARCHAR[]",
             "code_version": "VARCHAR",
             "config": "VARCHAR",
@@ -100,9 +103,11 @@ def tables(platform: Platform) -> dict[str, Columns]:
             "domain": "VARCHAR",
             "task": "VARCHAR",
             "expert": "VARCHAR",
+            "rows": "BIGINT",
             "mean_gate": "DOUBLE",
             "max_gate_share": "DOUBLE",
             "entropy": "DOUBLE",
+            "entropy_of_mean": "DOUBLE",
         },
         "item_embeddings": {"model_version": "VARCHAR", "item_id": id_, "product": "VARCHAR", "task": "VARCHAR", "embedding": "FLOAT[]"},
         "query_embeddings": {
@@ -114,3 +119,8 @@ def tables(platform: Platform) -> dict[str, Columns]:
             "embedding": "FLOAT[]",
         },
     }
+
+
+def settings(platform: Platform) -> dict[str, float]:
+    """The numbers that views read, each a macro without arguments."""
+    return {"drift_days": platform.drift.days, "drift_tolerance": platform.drift.tolerance}

@@ -5,7 +5,6 @@ views and macros, and no step of the pipeline holds it open, so any number of ru
 number of people query.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -25,8 +24,8 @@ from mtmd_assets.tables import Columns
 SCHEMA_DAY = date(1, 1, 1)
 """The day of the zero-row file that every table starts with, so that every view answers."""
 
-DERIVED_VIEWS = ("missingness",)
-"""Views over the tables' own views: `sql/<name>.sql`."""
+DERIVED_VIEWS = {"feature_drift": "feature_contract", "feature_missingness": "feature_contract"}
+"""Views over the tables' own views, `sql/<name>.sql`, in order, each with the table it needs."""
 
 _COPY = "(FORMAT parquet, COMPRESSION zstd)"
 
@@ -37,13 +36,15 @@ class Warehouse:
     Args:
         folder: the platform's folder in the home, for example `.mtmd/adworld`.
         tables: table -> column -> DuckDB type.
+        settings: numbers of the platform file that views read, each a macro without arguments (`tables.settings`);
+            without them the views of `DERIVED_VIEWS` are left out.
 
     Raises:
         PermissionError: if the folder cannot be written, naming it and `MTMD_HOME`.
     """
 
-    def __init__(self, folder: Path, tables: dict[str, Columns]):
-        self.folder, self.tables = folder.absolute(), tables
+    def __init__(self, folder: Path, tables: dict[str, Columns], settings: dict[str, float] | None = None):
+        self.folder, self.tables, self.settings = folder.absolute(), tables, settings or {}
         self.lake = self.folder / "lake"
         self.staging = self.lake / ".staging"
         self.database = self.folder / "mtmd.duckdb"
@@ -64,6 +65,12 @@ class Warehouse:
         found = (date.fromisoformat(p.parent.name[3:]) for p in (self.lake / table).glob("ds=*/data.parquet"))
         return sorted(d for d in found if d != SCHEMA_DAY)
 
+    def columns(self, table: str, day: date) -> list[tuple[str, str]]:
+        """Name and DuckDB type of each column of a published day, in order."""
+        with duckdb.connect() as con:
+            described = con.execute("DESCRIBE FROM read_parquet($file, hive_partitioning = false)", {"file": str(self.path(table, day))})
+            return [(name, kind) for name, kind, *_ in described.fetchall()]
+
     def missing(self, table: str, first: date, last: date) -> list[date]:
         """The days first..last that are not published."""
         days = (first + timedelta(n) for n in range((last - first).days + 1))
@@ -83,15 +90,16 @@ class Warehouse:
         """Make the folders, each table's zero-row file and the views, where they are missing or have changed."""
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            changed = [t for t in self.tables if self._create_table(t)]
-            stamp = self.folder / "views.sql"
-            if changed or not self.database.exists() or not stamp.exists() or stamp.read_text() != self._views():
-                self._create_views(stamp)
+            probe = self._draft()
+            probe.mkdir()
+            probe.rmdir()
         except OSError as e:
-            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-                raise PermissionError(f"{self.folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can") from e
-            raise
+            raise PermissionError(f"{self.folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can") from e
+        self._sweep()
+        changed = [t for t in self.tables if self._create_table(t)]
+        stamp = self.folder / "views.sql"
+        if changed or not self.database.exists() or not stamp.exists() or stamp.read_text() != self._views():
+            self._create_views(stamp)
 
     def _create_table(self, table: str) -> bool:
         """Write the zero-row file if the table has none of exactly these columns; say whether it did."""
@@ -116,7 +124,9 @@ class Warehouse:
                 FROM read_parquet('{self.lake}/{table}/ds=*/data.parquet', hive_partitioning = true, hive_types = {{'ds': DATE}});"""
             for table, columns in self.tables.items()
         ]
-        return "\n".join([*statements, sql.text("macros"), *(sql.text(v) for v in DERIVED_VIEWS if (sql.FOLDER / f"{v}.sql").exists())])
+        settings = [f"CREATE OR REPLACE MACRO {name}() AS {value};" for name, value in self.settings.items()]
+        derived = [sql.text(view) for view, table in DERIVED_VIEWS.items() if table in self.tables and self.settings]
+        return "\n".join([*statements, sql.text("macros"), *settings, *derived])
 
     def _create_views(self, stamp: Path) -> None:
         """Build `mtmd.duckdb` beside the old one and swap it whole, so that readers keep their snapshot."""
@@ -189,6 +199,12 @@ class Stage:
         path = self.write(con, table, day, "FROM rows_to_write")
         con.unregister("rows_to_write")
         return path
+
+    def keep_only(self, table: str) -> None:
+        """Drop the staged files of every other table."""
+        for path in self.folder.glob("*.parquet"):
+            if not path.name.startswith(f"{table}@"):
+                path.unlink()
 
     def publish(self) -> None:
         """Rename every staged file into place. If the process dies half-way, the next run finishes it (`_sweep`)."""

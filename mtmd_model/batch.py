@@ -64,7 +64,9 @@ class TowerInput:
     def select(self, rows: Tensor) -> "TowerInput":
         """The given rows, by one `index_select` a tensor."""
         return TowerInput(
-            self.dense.index_select(0, rows), self.ids.index_select(0, rows), self.domain.index_select(0, rows)
+            self.dense.index_select(0, rows),
+            self.ids.index_select(0, rows),
+            self.domain.index_select(0, rows),
         )
 
     def slice(self, start: int, stop: int) -> "TowerInput":

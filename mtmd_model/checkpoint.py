@@ -53,7 +53,8 @@ def save(
         "model_config": config_to_dict(config),
     }
     # through JSON, so that what is returned is what `load` will read
-    whole: dict[str, Any] = json.loads(json.dumps({**identity, "fingerprint": fingerprint(identity), **manifest}))
+    entries = {**identity, "fingerprint": fingerprint(identity), **manifest}
+    whole: dict[str, Any] = json.loads(json.dumps(entries))
     out_dir = Path(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     new = out_dir.with_name(f".{out_dir.name}.{uuid.uuid4().hex}.new")
@@ -91,7 +92,7 @@ def load(model_dir: str | Path, device: str = "cpu") -> Predictor:
         if stored != expected:
             raise ValueError(
                 f"{model_dir / MANIFEST} is not the manifest of {TENSORS}: "
-                f"its schema, vocabularies and configuration have fingerprint {expected}, the tensors {stored}"
+                f"its schema, vocabularies and configuration make {expected}, the tensors carry {stored}"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     schema = Schema.from_dict(manifest["schema"])

@@ -62,7 +62,8 @@ class DomainAdaptation(nn.Module):
         has = [domain in f.domains for f, width in fields for _ in range(width)]
         self.own_runs = [run for run, own in _runs(has) if own]
         self.runs = _runs(has)
-        self.key_runs = [run for run, key in _runs([k for f, w in fields for k in [_is_key(f, domain)] * w]) if key]
+        is_key = [_is_key(f, domain) for f, width in fields for _ in range(width)]
+        self.key_runs = [run for run, key in _runs(is_key) if key]
         self.d_own = sum(has)
         self.d_key = sum(stop - start for start, stop in self.key_runs) or 1
         self.d_common = len(has)
@@ -92,7 +93,7 @@ def _is_key(feature: Feature, domain: str) -> bool:
 
 
 def _runs(flags: Sequence[bool]) -> list[tuple[tuple[int, int], bool]]:
-    """Neighbouring equal flags as ((start, stop), flag): slices and `cat` have cheap gradients, gathers do not."""
+    """Neighbouring equal flags, as ((start, stop), flag): unlike gathers, slices have cheap gradients."""
     runs, start = [], 0
     for flag, group in groupby(flags):
         stop = start + len(list(group))

@@ -77,10 +77,8 @@ class DomainExpert(nn.Module):
         g_deep, g_task, g_domain = gates_TBE.to(deep_TBH.dtype).split(1, -1)
         mixed_TBM = torch.cat([g_deep * deep_TBH, g_task * task_shared_BH, g_domain * domain_shared_BH], -1)
 
-        if self.norm_place == "pre":
-            crossed_TBM = self.cross(self.norm(mixed_TBM))
-        else:
-            crossed_TBM = self.norm(self.cross(mixed_TBM))
+        pre = self.norm_place == "pre"
+        crossed_TBM = self.cross(self.norm(mixed_TBM)) if pre else self.norm(self.cross(mixed_TBM))
         parts = []
         tasks = zip(self.project, crossed_TBM.unbind(), self.shallow(x.key_BK).unbind(), strict=True)
         for project, crossed_BM, shallow_BH in tasks:

@@ -14,7 +14,7 @@ class DomainNorm(nn.Module):
 
     The statistics are those of every observed value the domain has shown so far, merged exactly (Chan et al.
     1979): a batch counts by its number of observed values, so that a small domain that shows a few rows a
-    batch is estimated as well as if they had come at once. From `horizon` values on they forget exponentially.
+    batch is estimated as well as if they had come at once. After `horizon` values they forget exponentially.
 
     Unlike `nn.BatchNorm1d`, training uses the same running statistics as serving, this batch merged in: a
     domain with ten rows in a batch would otherwise be normalised by the noise of ten rows, and scored by

@@ -51,7 +51,7 @@ class Encoder:
         """The columns to read from a file."""
         scores = [score_column(t.name) for t in self.schema.tasks]
         names = [*DOMAIN_COLUMN.values(), *(f.name for f in self.schema.features)]
-        return list(dict.fromkeys(names + (scores + [WEIGHT] if labels else [])))
+        return list(dict.fromkeys(names + ([*scores, WEIGHT] if labels else [])))
 
     def encode(self, table: pa.Table, labels: bool = True) -> Batch:
         """Both towers' inputs, labels and weights of a table's rows.
@@ -144,9 +144,11 @@ def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
     """
     categorical = [f for f in schema.features if f.kind == "categorical"]
     for f in categorical:
-        given = [x for x in (f.vocabulary, f.buckets, f.min_count) if x is not None]
+        given = [k for k in ("vocabulary", "buckets", "min_count") if getattr(f, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"feature {f.name!r} needs one of vocabulary, buckets and min_count, got {len(given)}")
+            raise ValueError(
+                f"feature {f.name!r} needs one of vocabulary, buckets and min_count, got {given}"
+            )
     learned = [f.name for f in categorical if f.min_count is not None]
     counts = _count(learned, files)
     vocabularies = {}

@@ -48,7 +48,8 @@ class OptimiserConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         if self.weight_decay < 0 or self.embedding_weight_decay < 0:
-            raise ValueError(f"weight decays must be 0 or more, got {self.weight_decay}, {self.embedding_weight_decay}")
+            both = self.weight_decay, self.embedding_weight_decay
+            raise ValueError(f"weight decays must be 0 or more, got {both}")
 
     def share(self, step: int, steps: int) -> float:
         """The learning rate at a step out of all, as a share of the highest."""
@@ -120,7 +121,7 @@ class RankerModule(L.LightningModule):
         self.log("validation_logmae", cell_logmae.mean(), prog_bar=True)
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Add the epoch to the history and return its entry; called once, when an epoch and its validation end."""
+        """Add the epoch to the history and return its entry; called once, when it and its validation end."""
         entry: dict[str, Any] = {"epoch": self.current_epoch}
         entry["train_loss"] = (self.train_sum[0] / self.train_sum[1]).item()
         for name in ("validation_loss", "validation_logmae"):
@@ -134,18 +135,20 @@ class RankerModule(L.LightningModule):
         """AdamW, with the learning rate set at every step."""
         tables = self.model.embedding_tables()
         is_table = {id(p) for p in tables}
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, p in self.model.named_parameters():
             if id(p) not in is_table:
                 (matrices if is_matrix(name, p) else others).append(p)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": self.optimiser.weight_decay},
             {"params": tables, "weight_decay": self.optimiser.embedding_weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.optimiser.learning_rate, fused=self.device.type in ("cpu", "cuda")
-        )
+        groups = [g for g in groups if g["params"]]
+        # Lightning cannot clip the gradients of a fused optimiser under mixed precision
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision == "32-true"
+        adamw = torch.optim.AdamW(groups, lr=self.optimiser.learning_rate, fused=fused)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: self.optimiser.share(step, steps))
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -94,7 +94,8 @@ class MTMDConfig:
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "MTMDConfig":
         """Inverse of `dataclasses.asdict`, also after a trip through JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+        return cls(**values)
 
     def embedding_width(self, task: Task) -> int:
         """Width of a task's emb_deep."""

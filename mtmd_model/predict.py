@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmd_model.encoder import Encoder
-from mtmd_model.schema import Side
+from mtmd_model.mtmd import MTMD
+from mtmd_model.routing import routing_summary
+from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import existing_slices, tasks_of
 from mtmd_model.two_tower import TwoTower
 
@@ -41,6 +43,23 @@ class Predictor:
     device: str = "cpu"
     batch_size: int = 8192
 
+    @property
+    def schema(self) -> Schema:
+        """Of the platform it was trained for."""
+        return self.encoder.schema
+
+    def routing(self, table: pa.Table) -> list[dict[str, Any]]:
+        """How the experts are weighed on a table's rows: see `routing.routing_summary`.
+
+        Raises:
+            ValueError: as `Encoder.encode`, or a model without routing layers.
+        """
+        if not isinstance(self.model, MTMD):
+            raise ValueError(f"only MTMD has routing layers, got {type(self.model).__name__}")
+        rows = self.encoder.encode(table, labels=False)
+        starts = range(0, len(rows), self.batch_size)
+        return routing_summary(self.model, (rows.slice(s, s + self.batch_size) for s in starts))
+
     def predict(self, table: pa.Table) -> dict[str, NDArray[np.float64]]:
         """Task -> (N,) P(task | impression), NaN where the task does not exist in the row's slice.
 
@@ -66,12 +85,12 @@ class Predictor:
                     parts.append(np.einsum("nd,nd->n", q.astype(np.float64), i.astype(np.float64)))
 
         out: dict[str, NDArray[np.float64]] = {}
-        for task, exists_N in zip(self.encoder.schema.tasks, exists_TN, strict=True):
-            z_N = np.concatenate(logits[task.name]) if len(rows) else np.zeros(0)
+        for spec, exists_N in zip(self.encoder.schema.tasks, exists_TN, strict=True):
+            z_N = np.concatenate(logits[spec.name]) if len(rows) else np.zeros(0)
             log_N = -np.logaddexp(0, -z_N)
-            if self.model.constrained and task.given is not None:
-                log_N = log_N + out[task.given]
-            out[task.name] = np.where(exists_N, log_N, np.nan)
+            if self.model.constrained and spec.given is not None:
+                log_N = log_N + out[spec.given]
+            out[spec.name] = np.where(exists_N, log_N, np.nan)
         return out
 
     def embed_queries(self, table: pa.Table) -> dict[str, Embeddings]:
@@ -88,7 +107,6 @@ class Predictor:
         schema = self.encoder.schema
         parts: dict[str, list[NDArray[np.float32]]] = {t.name: [] for t in schema.tasks}
         with torch.inference_mode():
-            # an empty table is one empty batch's worth of shapes, which no tower computes: ask with one row less
             for start in range(0, len(rows), self.batch_size):
                 vectors = embed(rows.slice(start, start + self.batch_size).to(self.device))
                 for task in parts:

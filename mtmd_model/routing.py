@@ -31,9 +31,9 @@ def routing_summary(model: MTMD, batches: Iterable[Batch]) -> list[dict[str, Any
             batch = batch.to(device)
             for tower, x in ((model.query_tower, batch.query), (model.item_tower, batch.item)):
                 for domain, gates_TBE in tower(x).gates.items():
-                    new = _sums(gates_TBE.double().cpu())
-                    old = sums.get((tower.side, domain))
-                    sums[tower.side, domain] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+                    new, old = _sums(gates_TBE.double().cpu()), sums.get((tower.side, domain))
+                    total = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+                    sums[tower.side, domain] = total
     model.train(was_training)
 
     out = []

@@ -42,7 +42,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Task:
-    """One prediction task; its probability is P(task | impression), and P(task | given) is what is modelled."""
+    """One prediction task: scores are P(task | impression), the model learns P(task | given)."""
 
     name: str
     given: str | None

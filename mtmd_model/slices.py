@@ -27,7 +27,7 @@ def existing_slices(schema: Schema) -> Tensor:
             orphans = set(task.slices) - set(seen[task.given].slices)
             if orphans:
                 raise ValueError(
-                    f"task {task.name!r} exists in {sorted(orphans)}, where its parent {task.given!r} does not"
+                    f"task {task.name!r} exists in {sorted(orphans)}, its parent {task.given!r} does not"
                 )
         seen[task.name] = task
         for surface, product in task.slices:

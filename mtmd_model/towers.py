@@ -81,12 +81,13 @@ class Tower(nn.Module):
         ids_BC = x.ids.index_select(0, groups.order_B)
         embedded_BW = self.embeddings(ids_BC, x.domain.index_select(0, groups.order_B))
 
-        blocks = zip(self.domains, dense_BF.split(groups.counts), embedded_BW.split(groups.counts), strict=True)
+        counts = list(groups.counts)
+        blocks = zip(self.domains, dense_BF.split(counts), embedded_BW.split(counts), strict=True)
         adapted = {
             d: self.adaptation[module_key(d)](dense, embedded) for d, dense, embedded in blocks if len(dense)
         }
         shared_BH = self.domain_shared(torch.cat([a.common_BS for a in adapted.values()]))
-        shared = dict(zip(adapted, shared_BH.split([n for n in groups.counts if n]), strict=True))
+        shared = dict(zip(adapted, shared_BH.split([n for n in counts if n]), strict=True))
         outputs = {d: self.expert[module_key(d)](adapted[d], shared[d]) for d in adapted}
 
         sorted_BW = torch.cat([self._all_tasks(d, out.embedding_BW) for d, out in outputs.items()])
@@ -103,7 +104,7 @@ class Tower(nn.Module):
         return norm.mean.tolist(), norm.var.tolist(), norm.count.tolist()
 
     def _all_tasks(self, domain: str, embedding_BW: Tensor) -> Tensor:
-        """A domain's embeddings among zeros for the tasks it does not have, so that every domain has one width."""
+        """A domain's embeddings among zeros for the tasks it lacks, so that all domains have one width."""
         have = self.tasks[domain]
         if len(have) == len(self.widths):
             return embedding_BW

@@ -18,7 +18,7 @@ from torch import Tensor
 from mtmd_model import checkpoint
 from mtmd_model.architectures import build, config_to_dict
 from mtmd_model.data import WindowData, slice_logits
-from mtmd_model.encoder import Encoder, fit_encoder
+from mtmd_model.encoder import fit_encoder
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
 from mtmd_model.mtmd import MTMD, MTMDConfig
 from mtmd_model.predict import Predictor
@@ -141,6 +141,7 @@ def train(
             gradient_clip_val=config.gradient_clip or None,
             callbacks=[best, stop] if validation_files else [best],
             num_sanity_val_steps=0,
+            limit_val_batches=1.0 if validation_files else 0,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -156,7 +157,7 @@ def train(
     entries = {
         "train_config": config.to_dict(),
         "seed": config.seed,
-        "rows": {"train": len(data.window), "validation": 0 if data.validation is None else len(data.validation)},
+        "rows": {"train": len(data.window), "validation": len(data.validation or ())},
         "train_files": [str(f) for f in train_files],
         "validation_files": [str(f) for f in validation_files],
         "data_hashes": hashes,
@@ -217,8 +218,8 @@ class _BestEpoch(L.Callback):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning says of every run: the devices it found, tips, and that no worker process feeds it."""
-    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed")
+    """Without what Lightning says of every run: the devices it found, its tips, its worker processes."""
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -227,6 +228,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message="GPU available but not used.*")
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

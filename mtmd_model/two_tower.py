@@ -57,7 +57,7 @@ class TwoTower(nn.Module):
         return joint_logits(logits_BT, self.schema.tasks) if self.constrained else logits_BT
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, T) logits of P(task | impression); meaningless where a task does not exist in the row's slice."""
+        """(B, T) logits of P(task | impression); of no meaning where the row's slice lacks the task."""
         query, item = self.embed(batch)
         return self.unconditional(dot_products(query, item))
 

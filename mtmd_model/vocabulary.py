@@ -58,7 +58,7 @@ class Vocabulary:
             fast = _small_integers(column)
             if fast is not None:
                 rows = (_mix(fast) % np.uint64(self.buckets)).astype(np.int32) + FIRST
-                return rows if not column.null_count else np.where(_valid(column), rows, MISSING).astype(np.int32)
+                return np.where(_valid(column), rows, MISSING).astype(np.int32) if column.null_count else rows
         uniques, index = distinct(column)
         # one more entry, for the index -1 of a missing value
         rows = np.append(self._rows_of(canonical(uniques)), np.int32(MISSING))
@@ -67,8 +67,8 @@ class Vocabulary:
     def _rows_of(self, strings: pa.Array) -> NDArray[np.int32]:
         """The row of each distinct canonical string; null is missing."""
         if self.values is not None:
-            found = pc.index_in(strings, value_set=self._value_set)
-            rows = np.asarray(pc.fill_null(found, UNKNOWN - FIRST).to_numpy(zero_copy_only=False), np.int32) + FIRST
+            found = pc.fill_null(pc.index_in(strings, value_set=self._value_set), UNKNOWN - FIRST)
+            rows = found.to_numpy(zero_copy_only=False).astype(np.int32) + FIRST
         else:
             rows = (stable_hash(strings) % np.uint64(self.buckets or 1)).astype(np.int32) + FIRST
         return np.where(_valid(strings), rows, MISSING).astype(np.int32)
@@ -125,7 +125,8 @@ def stable_hash(strings: pa.Array) -> NDArray[np.uint64]:
         out[integer] = _mix(numbers)
     text = ~integer & _valid(strings)
     if text.any():
-        digests = (blake2b(s.encode(), digest_size=8).digest() for s in strings.filter(pa.array(text)).to_pylist())
+        texts = strings.filter(pa.array(text)).to_pylist()
+        digests = (blake2b(s.encode(), digest_size=8).digest() for s in texts)
         out[text] = np.frombuffer(b"".join(digests), "<u8")
     return out
 

@@ -70,15 +70,14 @@ def _snapshot(site: Site, day: date, side: str) -> "tuple[pa.Table, list[str]]":
         unique = keys if side == "item" else keys[:1]
         table = distinct.order(", ".join(unique)).to_arrow_table()
         con.register("snapshot", table)
-        varying = con.execute(f"SELECT {', '.join(unique)} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1").fetchone()
+        varying = con.execute(f"SELECT {', '.join(unique)} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1").fetchall()
         if varying:
             where = " AND ".join(f"{k} = ?" for k in unique)
-            counts = con.execute(f"SELECT {', '.join(f'count(DISTINCT {f}) + max(({f} IS NULL)::INT)' for f in features)} FROM snapshot WHERE {where}", varying).fetchone()
-            assert counts is not None
-            named = [f for f, n in zip(features, counts, strict=True) if n > 1]
+            counts = con.execute(f"SELECT {', '.join(f'count(DISTINCT {f}) + max(({f} IS NULL)::INT)' for f in features)} FROM snapshot WHERE {where}", varying[0]).fetchall()
+            named = [f for f, n in zip(features, counts[0], strict=True) if n > 1]
             what = "an item's features are one snapshot a day" if side == "item" else "a request has one user, surface and set of features"
             raise dg.Failure(
-                f"{day}: {dict(zip(unique, varying, strict=True))} has several rows that differ in {named or keys}: {what}", allow_retries=False
+                f"{day}: {dict(zip(unique, varying[0], strict=True))} has several rows that differ in {named or keys}: {what}", allow_retries=False
             )
     return table, keys
 

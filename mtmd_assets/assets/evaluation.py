@@ -1,16 +1,17 @@
 """Evaluation of day D by the model trained through D-1: predictions, slice metrics, who the routers use."""
 
 from collections.abc import Iterator
-from datetime import date, timedelta
-from typing import TYPE_CHECKING
+from datetime import date
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 import sql
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import asset_key, daily_partitions, day_before, preview, scored_by
+from mtmd_assets.history import create_history
 from mtmd_assets.home import Site
-from mtmd_assets.join import evaluation_rows
+from mtmd_assets.join import prepare_join
 from mtmd_assets.pictures import heat_map
 from mtmd_assets.scoreboard import scoreboard
 
@@ -55,12 +56,12 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
         with site.warehouse.stage(context.run_id) as stage, site.warehouse.connect() as con:
             rows = _rows(site, con, day)
             con.register("predicted", _predictions(model, record, rows))
-            con.execute("CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN ? AND ?", [record.window_start, record.window_end])
+            con.execute(f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN '{record.window_start}' AND '{record.window_end}'")
             con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
             con.execute(f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})")
             stage.write(con, "predictions", day, "FROM predicted")
             stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
-            stage.write_rows(con, "routing_metrics", day, [{"model_version": record.version, **r} for r in model.routing(rows)])
+            stage.write_rows(con, "routing_metrics", day, _routing(model, record, rows))
             stage.publish()
             yield from _results(site, con, day, record)
 
@@ -73,7 +74,10 @@ def _rows(site: Site, con: "DuckDBPyConnection", day: date) -> "pa.Table":
 
     if site.platform.join.sample_rate == 1:
         return pq.read_table(site.warehouse.path("joined_examples", day), partitioning=None)
-    return evaluation_rows(con, site.platform, site.warehouse, day)
+    if site.platform.history_days:
+        create_history(con, site.platform, site.warehouse, day)
+    prepare_join(con, site.platform, site.warehouse, day, sample_rate=1.0)
+    return con.sql("FROM joined").to_arrow_table()
 
 
 def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "pl.DataFrame":
@@ -94,6 +98,14 @@ def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") ->
     )
 
 
+def _routing(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "list[dict[str, Any]]":
+    """One row a tower, domain, task and expert."""
+    from mtmd_model.routing import routing_summary
+
+    used = routing_summary(model.model, [model.encoder.encode(rows, labels=False)])
+    return [{"model_version": record.version, **row} for row in used]
+
+
 def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRecord") -> Iterator[dg.MaterializeResult]:
     """Asset results with what a person wants to see at once."""
     key = [day, record.version]
@@ -101,9 +113,9 @@ def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRec
     cells = con.execute(
         f"SELECT surface || ' · ' || product, task, logmae FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL", key
     ).fetchall()
-    mean, rows = con.execute(
+    [(mean, rows)] = con.execute(
         f"SELECT avg(logmae), sum(rows)::BIGINT FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL", key
-    ).fetchone() or (None, None)
+    ).fetchall()
     slices = [f"{s} · {p}" for s, p in site.platform.slices]
     shared = {"model_version": record.version, "trained through": str(record.window_end)}
     yield dg.MaterializeResult(

@@ -134,10 +134,10 @@ class Constants:
 
     @cached_property
     def centre(self) -> Array:
-        """μ: (LATENT, categories), each dimension with mean 0 and variance 1 over the categories."""
+        """μ: (LATENT, categories), each of the length that a standard normal vector has on average."""
         mu = self._generator("centre").standard_normal((LATENT, len(CATEGORIES)))
         mu -= mu.mean(1, keepdims=True)
-        return (mu / mu.std(1, keepdims=True)).astype(np.float32)
+        return (mu * np.sqrt(LATENT) / np.linalg.norm(mu, axis=0)).astype(np.float32)
 
     @cached_property
     def popularity(self) -> npt.NDArray[np.float64]:
@@ -181,6 +181,7 @@ class Constants:
 class Users:
     """The users of one day. Arrays are (users,) or (LATENT, users)."""
 
+    id: Codes
     taste: Array
     propensity: Array
     patience: Array
@@ -221,7 +222,7 @@ def users_of(c: Constants, users: int, day: int) -> Users:
 
     # Counters, as a serving system would have them: of strictly earlier days, at most as many as the account is old.
     seen = g.poisson(ADS_PER_USER_AND_DAY * activity * np.minimum(tenure, 7))
-    clicks = g.poisson(seen * sigmoid(-3.7 + 0.45 * propensity + COUNTRY_CLICK[country]))
+    clicks = g.poisson(seen * sigmoid(-3.7 + 0.40 * propensity + COUNTRY_CLICK[country]))
 
     logged = yesterday + 0.25 * normals(seed, "taste error", ids)
     logged += 0.1 * g.standard_normal(logged.shape, dtype=np.float32)
@@ -231,6 +232,7 @@ def users_of(c: Constants, users: int, day: int) -> Users:
     interests = np.cumsum(0.8 * interests + 0.2 * c.popularity, axis=1).astype(np.float32)
     interests[:, -1] = 1
     return Users(
+        id=ids,
         taste=taste,
         propensity=propensity,
         patience=normal(seed, "patience", ids),
@@ -265,6 +267,7 @@ class Ads:
     """The live ads of one day, ordered by product and category. Arrays are (ads,) or (LATENT, ads)."""
 
     content: Array
+    advertiser: Codes
     product: Codes
     category: Codes
     format: Codes
@@ -399,6 +402,7 @@ def ads_of(c: Constants, ads: int, users: int, day: int) -> Ads:
     ).fill_nan(None)
     return Ads(
         content=content,
+        advertiser=advertiser,
         product=product,
         category=category,
         format=form,

@@ -6,6 +6,7 @@ whose videos were shown at random and not by the ranker of the other log.
 """
 
 import csv
+from collections.abc import Callable
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -87,8 +88,8 @@ class Kuairand:
         log = _log(tuple(_version(p, day) for p in paths), day)
         rows = log.filter(pl.col("ds") == day)
         if rows.is_empty():
-            first, last = log["ds"].min(), log["ds"].max()
-            raise BadFile(f"no row of this day; it holds {first} to {last}", file=files, day=day, column="date")
+            days = log["ds"].unique().sort().to_list()
+            raise BadFile(f"no row of this day; it holds {days[0]} to {days[-1]}", file=files, day=day, column="date")
         users = _users(_version(self.folder / USERS, day), day)
         videos = _videos(_version(self.folder / VIDEOS, day), day)
         rows = (
@@ -135,7 +136,7 @@ def _videos(version: _Version, day: date) -> pl.DataFrame:
     return _checked(_read_videos, version, day)
 
 
-def _checked(read: "lru_cache[pl.DataFrame]", version: _Version, day: date) -> pl.DataFrame:  # type: ignore[type-arg]
+def _checked(read: Callable[[_Version], pl.DataFrame], version: _Version, day: date) -> pl.DataFrame:
     try:
         return read(version)
     except _Fault as e:
@@ -260,7 +261,7 @@ def _whole_rows(path: Path) -> None:
 def _stable_id(frame: pl.DataFrame, columns: list[str]) -> pl.Series:
     """A positive 63-bit id of some integer columns: the same in every process and on every version of the libraries.
 
-    Splitmix64, a column at a time. Raises _Fault should two keys ever meet (odds 1e-7 for the whole log).
+    Splitmix64, a column at a time. Two of the whole log's keys would meet with odds of 1e-7, and it is checked.
     """
     state = np.zeros(len(frame), dtype=np.uint64)
     for column in columns:

@@ -1,0 +1,222 @@
+"""One day's impressions meet their heavyweight scores: `sql/score_verdicts.sql`, `sql/joined_examples.sql` and beside.
+
+Every received row ends up in exactly one place: `joined_examples`, or `rejected_rows` with a reason. `check_accounting`
+holds that against independent counts at every build.
+"""
+
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import TYPE_CHECKING
+
+import sql
+from mtmd_assets.faults import BadFile, Withheld
+from mtmd_assets.platform import Platform
+from mtmd_assets.warehouse import Stage, Warehouse
+
+if TYPE_CHECKING:
+    import duckdb
+
+CHILD_TOLERANCE = 1e-9
+"""How far a child's score may exceed its parent's by rounding."""
+
+SCORE_FAULTS = ("orphan", "invalid_score", "child_exceeds_parent")
+"""Reasons of score rows that count towards `join.max_rejected`; the others are ordinary."""
+
+UNSCORED = ("no_score", "only_invalid_scores", "only_late_scores")
+"""Reasons of impressions that count towards `join.max_rejected`."""
+
+_INPUTS = {
+    "impressions_of_day": "impressions",
+    "scores_of_day": "heavyweight_scores",
+    "log_rejected_of_day": "log_rejected_rows",
+    "log_received_of_day": "log_row_counts",
+}
+
+
+class AccountingError(RuntimeError):
+    """Rows got lost or were doubled between two tables: a fault of this code, not of the data."""
+
+
+@dataclass(frozen=True)
+class RowCount:
+    """One row of `row_counts`."""
+
+    source: str
+    received: int
+    accepted: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What `build_examples` staged."""
+
+    rows: int
+    counts: tuple[RowCount, ...]
+    reasons: dict[str, dict[str, int]]
+    """Source -> reason -> rejected rows."""
+
+
+def prepare_join(
+    con: "duckdb.DuckDBPyConnection",
+    platform: Platform,
+    warehouse: Warehouse,
+    day: date,
+    *,
+    sample_rate: float | None = None,
+) -> None:
+    """Join a published day in `con`; leaves the temp view `joined`, with the columns of `joined_examples` and more.
+
+    Call `create_history` before it where the platform has features from history. `joined` is read at rate 1 for
+    evaluation days.
+
+    Args:
+        con: from `warehouse.connect()`; a later call for another day replaces everything.
+        platform: decides lateness, limits and the tasks of each slice.
+        warehouse: holds the published day.
+        day: the impressions' day.
+        sample_rate: share of the impressions to keep; `join.sample_rate` when left out.
+
+    Raises:
+        Withheld: if the day's impressions or scores are not published.
+        BadFile: if more than `join.max_rejected` of the impressions lack a valid score, or of the score rows are
+            invalid or without impression.
+    """
+    rate = platform.join.sample_rate if sample_rate is None else sample_rate
+    for view, table in _INPUTS.items():
+        if not warehouse.published(table, day):
+            raise Withheld(f"{table} of {day} is not published: build the logs of that day first")
+        con.execute(
+            f"""CREATE OR REPLACE TEMP VIEW {view} AS SELECT * RENAME (file_row_number AS line)
+            FROM read_parquet('{warehouse.path(table, day)}', file_row_number = true, hive_partitioning = false)"""
+        )
+    _create_slice_tasks(con, platform)
+    # Materialised: it is read once for each time `joined` is.
+    history = "FROM history" if platform.history_days else "SELECT impression_id FROM impressions_of_day WHERE false"
+    con.execute(f"CREATE OR REPLACE TEMP TABLE history_of_day AS {history}")
+    con.execute(sql.text("sampling"))
+    lateness = timedelta(hours=platform.join.lateness_hours)
+    con.execute(sql.text("score_verdicts"), {"lateness": lateness, "sample_rate": rate})
+    con.execute(sql.text("impression_verdicts"), {"sample_rate": rate})
+    limit = platform.join.max_rejected
+    _check_share(con, "heavyweight_scores", "score_verdicts", SCORE_FAULTS, limit, warehouse, day)
+    _check_share(con, "impressions", "impression_verdicts", UNSCORED, limit, warehouse, day)
+    con.execute(f"CREATE OR REPLACE TEMP VIEW joined AS {sql.text('joined_examples')}")
+
+
+def build_examples(
+    con: "duckdb.DuckDBPyConnection",
+    platform: Platform,
+    warehouse: Warehouse,
+    stage: Stage,
+    day: date,
+    *,
+    sample_rate: float | None = None,
+) -> Examples:
+    """Join a day and stage its `joined_examples`, `rejected_rows` and `row_counts`; arguments as in `prepare_join`.
+
+    Raises:
+        Withheld: see `prepare_join`.
+        BadFile: see `prepare_join`.
+        AccountingError: see `check_accounting`.
+    """
+    prepare_join(con, platform, warehouse, day, sample_rate=sample_rate)
+    written = {
+        "joined_of_day": stage.write(con, "joined_examples", day, "FROM joined"),
+        "rejected_of_day": stage.write(con, "rejected_rows", day, sql.text("rejected_rows")),
+    }
+    for view, path in written.items():
+        con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS FROM read_parquet('{path}', hive_partitioning = false)")
+    con.execute(f"CREATE OR REPLACE TEMP TABLE row_counts_of_day AS {sql.text('row_counts')}")
+    stage.write(con, "row_counts", day, "FROM row_counts_of_day")
+    counts = check_accounting(con)
+    reasons: dict[str, dict[str, int]] = {c.source: {} for c in counts}
+    by_reason = "SELECT source, reason, count(*) AS rows FROM rejected_of_day GROUP BY ALL ORDER BY rows DESC, reason"
+    for source, reason, rows in con.execute(by_reason).fetchall():
+        reasons[source][reason] = rows
+    return Examples(counts[1].accepted, counts, reasons)
+
+
+def check_accounting(con: "duckdb.DuckDBPyConnection") -> tuple[RowCount, ...]:
+    """Hold what was written against what was received; reads the temp views that `build_examples` leaves.
+
+    Returns:
+        The counts of `log`, `impressions` and `heavyweight_scores`.
+
+    Raises:
+        AccountingError: unless there is one row of counts a source with received = accepted + rejected, every
+            example is of another impression of the day, and exactly one score row was used for each.
+    """
+    rows = con.execute("SELECT source, received, accepted, rejected FROM row_counts_of_day").fetchall()
+    counts = tuple(RowCount(*row) for row in rows)
+    if [c.source for c in counts] != ["log", "impressions", "heavyweight_scores"]:
+        raise AccountingError(f"row_counts: expected one row a source, received {counts}")
+    for c in counts:
+        if c.received != c.accepted + c.rejected:
+            raise AccountingError(f"row_counts: received is not accepted + rejected in {c}")
+    _, impressions, scores = counts
+    examples, distinct = con.execute("SELECT count(*), count(DISTINCT impression_id) FROM joined_of_day").fetchall()[0]
+    if not examples == distinct == impressions.accepted == scores.accepted:
+        raise AccountingError(
+            f"joined_examples: {examples} rows of {distinct} impressions, {impressions.accepted} accepted, "
+            f"{scores.accepted} scores used"
+        )
+    places = """(
+        SELECT impression_id FROM joined_of_day
+        UNION ALL SELECT impression_id FROM rejected_of_day WHERE source = 'impressions'
+    )"""
+    elsewhere = con.execute(
+        f"SELECT count(*) FROM impressions_of_day AS i ANTI JOIN {places} AS p ON p.impression_id = i.impression_id"
+    ).fetchall()[0][0]
+    # As many places as impressions, none of them doubled or empty: each impression is in exactly one.
+    if elsewhere:
+        raise AccountingError(f"{elsewhere} impressions are neither in joined_examples nor in rejected_rows")
+    return counts
+
+
+def _create_slice_tasks(con: "duckdb.DuckDBPyConnection", platform: Platform) -> None:
+    """What the join needs of the platform: the table slice_tasks and the macros slice_scores and score_fault."""
+    names = platform.task_names
+    flags = [
+        f"('{s}', '{p}', {{{', '.join(f'{t}: {str((s, p) in platform.task_slices[t]).lower()}' for t in names)}}})"
+        for s, p in platform.slices
+    ]
+    slices = f"(VALUES {', '.join(flags)}) AS slices(surface, product, has)"
+    con.execute(f"CREATE OR REPLACE TEMP TABLE slice_tasks AS FROM {slices}")
+    scores = ", ".join(f"score_{t}: CASE WHEN has.{t} THEN s.score_{t} END" for t in names)
+    con.execute(f"CREATE OR REPLACE TEMP MACRO slice_scores(s, has) AS {{{scores}}}")
+    # NaN is greater than everything in DuckDB, so it fails `< 1`.
+    invalid = " OR ".join(
+        f"has.{t} AND NOT coalesce(scores.score_{t} > 0 AND scores.score_{t} < 1, false)" for t in names
+    )
+    above = [
+        f"has.{t.name} AND scores.score_{t.name} > scores.score_{t.given} + {CHILD_TOLERANCE}"
+        for t in platform.tasks
+        if t.given is not None
+    ]
+    con.execute(
+        f"""CREATE OR REPLACE TEMP MACRO score_fault(scores, has) AS CASE
+            WHEN {invalid} THEN 'invalid_score'
+            WHEN {" OR ".join(above) or "false"} THEN 'child_exceeds_parent'
+        END"""
+    )
+
+
+def _check_share(
+    con: "duckdb.DuckDBPyConnection",
+    table: str,
+    verdicts: str,
+    faults: tuple[str, ...],
+    limit: float,
+    warehouse: Warehouse,
+    day: date,
+) -> None:
+    """Refuse the day if too large a share of a table's rows has one of the reasons `faults`."""
+    counts = dict(con.execute(f"SELECT reason, count(*) FROM {verdicts} GROUP BY ALL ORDER BY 2 DESC, 1").fetchall())
+    rows = sum(n for reason, n in counts.items() if reason != "out_of_scope")
+    found = {reason: n for reason, n in counts.items() if reason in faults}
+    if sum(found.values()) > limit * rows:
+        what = "lack a valid score" if table == "impressions" else "are invalid or of no impression"
+        share = f"{sum(found.values()) / rows:.2%} of {rows} rows of {table} {what}"
+        problem = f"{share}, the limit is {limit:.2%} (join.max_rejected)"
+        raise BadFile(problem, file=str(warehouse.path(table, day)), day=day, received=found)

@@ -1,0 +1,110 @@
+"""A team's own logs: a folder of Parquet files a table, local or any fsspec URL. See docs/your-logs.md."""
+
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from mtmd_assets.faults import BadFile
+from mtmd_assets.platform import ParquetSource, Platform
+from mtmd_assets.sources import LogDay
+from mtmd_assets.tables import tables
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+
+class ParquetLogs:
+    """Reads the files of day D, `<folder>/ds=D/*.parquet` or else `<folder>/D.parquet`, and renames their columns.
+
+    Only the columns of the tables are read; `ds` too, where `columns` maps it. Several files of a day are taken in
+    the order of their names.
+
+    Args:
+        platform: its source names the folders, the columns that differ, and options for fsspec.
+    """
+
+    def __init__(self, platform: Platform):
+        assert isinstance(platform.source, ParquetSource)
+        self.source: ParquetSource = platform.source
+        columns = tables(platform)
+        self.impressions = list(columns["impressions"]) + (["ds"] if "ds" in self.source.columns else [])
+        self.scores = list(columns["heavyweight_scores"])
+
+    def read(self, day: date) -> LogDay:
+        """The rows of `day` as received.
+
+        Raises:
+            BadFile: if the day has no file, one cannot be read or lacks a column, or its files' types differ.
+        """
+        impressions, file = self._table(self.source.impressions, self.impressions, day)
+        if self.source.heavyweight_scores is None:
+            return LogDay(impressions, None, impressions_file=file)
+        scores, scores_file = self._table(self.source.heavyweight_scores, self.scores, day)
+        return LogDay(impressions, scores, impressions_file=file, scores_file=scores_file)
+
+    def _table(self, folder: str, columns: list[str], day: date) -> tuple[pl.DataFrame, str]:
+        """One table's rows of the day, in our names, and where they came from."""
+        fs, root = self._open(folder, day)
+        paths = self._files(fs, root, folder, day)
+        frames: list[pl.DataFrame] = []
+        for path in paths:
+            frame = self._read(fs, path, columns, day)
+            if frames and frame.schema != frames[0].schema:
+                column = next(c for c in columns if frame.schema[c] != frames[0].schema[c])
+                raise BadFile(
+                    f"another type than in {paths[0]}, {frames[0].schema[column]}",
+                    file=path,
+                    day=day,
+                    column=self.source.columns.get(column, column),
+                    received=str(frame.schema[column]),
+                )
+            frames.append(frame)
+        return pl.concat(frames), paths[0] if len(paths) == 1 else f"{folder.rstrip('/')}/ds={day}/*.parquet"
+
+    def _open(self, folder: str, day: date) -> "tuple[AbstractFileSystem, str]":
+        import fsspec
+
+        if "://" not in folder:
+            folder = str(Path(folder).expanduser().absolute())
+        try:
+            return fsspec.core.url_to_fs(folder, **self.source.storage_options)
+        except (ValueError, ImportError, OSError) as e:
+            raise BadFile(f"the folder cannot be opened: {e}", file=folder, day=day) from e
+
+    def _files(self, fs: "AbstractFileSystem", root: str, folder: str, day: date) -> list[str]:
+        """The day's files, in the order of their names."""
+        root = root.rstrip("/")
+        try:
+            # A listing kept from an earlier day would hide today's files.
+            fs.invalidate_cache()
+            paths = sorted(str(p) for p in fs.glob(f"{root}/ds={day}/*.parquet"))
+            if not paths and fs.exists(f"{root}/{day}.parquet"):
+                paths = [f"{root}/{day}.parquet"]
+        except Exception as e:  # every file system has its own errors
+            raise BadFile(f"the folder cannot be listed: {e}", file=folder, day=day) from e
+        if not paths:
+            folder = folder.rstrip("/")
+            raise BadFile("no such file", file=f"{folder}/ds={day}/*.parquet or {folder}/{day}.parquet", day=day)
+        return paths
+
+    def _read(self, fs: "AbstractFileSystem", path: str, columns: list[str], day: date) -> pl.DataFrame:
+        """The columns of one file, in our names."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        theirs = {c: self.source.columns.get(c, c) for c in columns}
+        try:
+            with fs.open(path, "rb") as f:
+                file = pq.ParquetFile(f)
+                present = set(file.schema_arrow.names)
+                for ours, name in theirs.items():
+                    if name not in present:
+                        wanted = "no such column" if ours == name else f"no such column, for our {ours}"
+                        raise BadFile(wanted, file=path, day=day, column=name, received=sorted(present))
+                table: Any = file.read(columns=list(dict.fromkeys(theirs.values())))
+        except (OSError, pa.ArrowException, EOFError) as e:
+            raise BadFile(f"not readable as Parquet: {str(e).splitlines()[0]}", file=path, day=day) from e
+        frame = pl.DataFrame(pl.from_arrow(table))
+        return frame.select(pl.col(name).alias(ours) for ours, name in theirs.items())

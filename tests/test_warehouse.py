@@ -1,0 +1,171 @@
+"""Publishing days: atomic, order-free, and readable from another process at any time."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from datetime import date, timedelta
+
+import duckdb
+import pytest
+
+from mtmd_assets.warehouse import Warehouse
+
+TABLES = {"a": {"x": "BIGINT", "name": "VARCHAR"}, "b": {"x": "BIGINT"}}
+DAY = date(2026, 1, 1)
+
+
+@pytest.fixture
+def warehouse(tmp_path):
+    return Warehouse(tmp_path / "toy", TABLES)
+
+
+def publish(warehouse, day, x, run_id="run"):
+    with warehouse.stage(run_id) as stage, warehouse.connect() as con:
+        stage.write(con, "a", day, f"SELECT {x} AS x, 'n' AS name")
+        stage.write(con, "b", day, f"SELECT {x} AS x")
+        stage.publish()
+
+
+def outside(warehouse, query):
+    """What another program sees."""
+    with duckdb.connect(str(warehouse.database), read_only=True) as con:
+        return con.execute(query).fetchall()
+
+
+def test_views_answer_before_the_first_day(warehouse):
+    warehouse.create()
+    assert outside(warehouse, "SELECT count(*) FROM a") == [(0,)]
+    assert outside(warehouse, "SELECT probability([1.0, 1.0], [0.5, -0.5])") == [(0.5,)]
+
+
+def test_a_day_replaces_itself_whole(warehouse):
+    publish(warehouse, DAY, 1)
+    publish(warehouse, DAY + timedelta(1), 2)
+    publish(warehouse, DAY, 3)
+    assert outside(warehouse, "SELECT x, ds FROM a ORDER BY ds") == [(3, DAY), (2, DAY + timedelta(1))]
+    assert warehouse.days("a") == [DAY, DAY + timedelta(1)]
+    assert warehouse.missing("a", DAY, DAY + timedelta(2)) == [DAY + timedelta(2)]
+
+
+def test_nothing_is_seen_or_left_of_a_failed_stage(warehouse):
+    publish(warehouse, DAY, 1)
+    with pytest.raises(RuntimeError, match="halfway"), warehouse.stage("run") as stage, warehouse.connect() as con:
+        stage.write(con, "a", DAY, "SELECT 2 AS x, 'n' AS name")
+        raise RuntimeError("halfway")
+    assert outside(warehouse, "SELECT x FROM a") == [(1,)]
+    assert list(warehouse.staging.iterdir()) == []
+
+
+def test_a_wrong_column_or_value_publishes_nothing(warehouse):
+    with pytest.raises(duckdb.Error), warehouse.stage() as stage, warehouse.connect() as con:
+        stage.write(con, "a", DAY, "SELECT 'seven' AS x, 'n' AS name")
+    with pytest.raises(duckdb.Error), warehouse.stage() as stage, warehouse.connect() as con:
+        stage.write(con, "a", DAY, "SELECT 1 AS x")
+    assert not warehouse.published("a", DAY)
+
+
+KILLED = """
+import os, sys
+from datetime import date
+from pathlib import Path
+from mtmd_assets import warehouse as w
+tables = {"a": {"x": "BIGINT", "name": "VARCHAR"}, "b": {"x": "BIGINT"}}
+house = w.Warehouse(Path(sys.argv[1]), tables)
+where = sys.argv[2]
+with house.stage("killed") as stage, house.connect() as con:
+    stage.write(con, "a", date(2026, 1, 1), "SELECT 2 AS x, 'n' AS name")
+    if where == "writing":
+        os._exit(9)
+    stage.write(con, "b", date(2026, 1, 1), "SELECT 2 AS x")
+    real = os.replace
+    def replace(source, target):
+        real(source, target)
+        if str(target).endswith("data.parquet"):
+            os._exit(9)  # after the first of two renames
+    w.os.replace = replace
+    stage.publish()
+"""
+
+
+@pytest.mark.parametrize(("where", "seen"), [("writing", 1), ("renaming", 2)])
+def test_a_killed_run_leaves_the_old_day_or_the_new_one(warehouse, where, seen):
+    publish(warehouse, DAY, 1)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(warehouse.folder), where], check=False)
+    assert killed.returncode == 9
+    warehouse.create()  # as every run does first
+    assert outside(warehouse, "SELECT a.x, b.x FROM a JOIN b USING (ds)") == [(seen, seen)]
+    assert list(warehouse.staging.iterdir()) == []
+
+
+def test_readers_and_writers_never_meet(warehouse):
+    """Four writers replace days while two readers poll the views: no error, no torn day."""
+    publish(warehouse, DAY, 0)
+    errors, stop = [], threading.Event()
+
+    def write(n):
+        try:
+            for k in range(6):
+                publish(warehouse, DAY + timedelta(k % 3), n * 100 + k, f"run{n}")
+        except Exception as e:
+            errors.append(e)
+
+    def read():
+        try:
+            while not stop.is_set():
+                rows = outside(warehouse, "SELECT ds, count(*), count(DISTINCT x) FROM a GROUP BY ds")
+                assert all(n == 1 for _, n, _ in rows), rows
+        except Exception as e:
+            errors.append(e)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    writers = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    for t in readers + writers:
+        t.start()
+    for t in writers:
+        t.join()
+    stop.set()
+    for t in readers:
+        t.join()
+    assert errors == []
+    assert len(warehouse.days("a")) == 3
+
+
+def test_a_new_column_rebuilds_the_views(warehouse, tmp_path):
+    warehouse.create()
+    wider = Warehouse(tmp_path / "toy", {**TABLES, "b": {"x": "BIGINT", "y": "DOUBLE"}})
+    wider.create()
+    assert outside(wider, "SELECT column_name FROM (DESCRIBE b)") == [("x",), ("y",), ("ds",)]
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path):
+    """A file stands where the folder should be (root, as in CI, may write into any folder)."""
+    (tmp_path / "home").write_text("")
+    with pytest.raises(PermissionError, match="MTMD_HOME") as error:
+        Warehouse(tmp_path / "home" / "toy", TABLES).create()
+    assert str(tmp_path / "home" / "toy") in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
+def test_a_folder_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match="MTMD_HOME"):
+        Warehouse(tmp_path / "toy", TABLES).create()
+
+
+def test_a_full_disk_publishes_nothing(warehouse, monkeypatch):
+    """The rename or the write fails with ENOSPC: the old day stays, the leftovers go."""
+    publish(warehouse, DAY, 1)
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith("publish.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr("mtmd_assets.warehouse.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(warehouse, DAY, 2)
+    assert outside(warehouse, "SELECT x FROM a") == [(1,)]
+    assert list(warehouse.staging.iterdir()) == []
