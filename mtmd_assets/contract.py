@@ -45,5 +45,6 @@ def measure_contract(con: "duckdb.DuckDBPyConnection", platform: Platform, day: 
     columns = ", ".join(["surface", "product", *features])
     source = f"read_parquet('{examples}', hive_partitioning = false)"
     con.execute(f"CREATE OR REPLACE TEMP VIEW examples_of_day AS SELECT {columns} FROM {source}")
-    con.execute(f"CREATE OR REPLACE TEMP TABLE contract_of_day AS {sql.text('feature_contract')}")
+    judged = {"judged_from": platform.contract.judged_from, "empty_allowed": platform.contract.empty_slices == "allow"}
+    con.execute(f"CREATE OR REPLACE TEMP TABLE contract_of_day AS {sql.text('feature_contract')}", judged)
     return con.sql("FROM contract_of_day").pl()

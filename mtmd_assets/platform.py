@@ -105,10 +105,16 @@ class Feature(Frozen):
 
     _name = field_validator("name")(_sql_name)
 
-    @field_validator("vocabulary", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _as_text(cls, values: Any) -> Any:
-        return tuple(str(v) for v in values) if isinstance(values, list | tuple) else values
+    def _vocabulary_as_text(cls, feature: Any) -> Any:
+        """Whole numbers may stand in the vocabulary of an integer feature only: YAML reads 18_24 as 1824."""
+        if isinstance(feature, dict) and isinstance(feature.get("vocabulary"), list):
+            odd = [v for v in feature["vocabulary"] if not isinstance(v, str)]
+            if odd and (feature.get("type") != "integer" or not all(type(v) is int for v in odd)):
+                raise ValueError(f"vocabulary: {odd[0]!r} is no text; quote it in the YAML")
+            return {**feature, "vocabulary": [str(v) for v in feature["vocabulary"]]}
+        return feature
 
     @model_validator(mode="after")
     def _consistent(self) -> "Feature":
@@ -198,6 +204,15 @@ class Join(Frozen):
     """Refuse the day if a larger share of its rows is faulty; rows out of scope or sampled out do not count."""
 
 
+class Contract(Frozen):
+    """How strictly each slice is held to the features it should have."""
+
+    judged_from: int = Field(50, ge=1)
+    """A slice with fewer rows in a day is not judged by the missing rates of what it should have."""
+    empty_slices: Literal["refuse", "allow"] = "refuse"
+    """Whether a slice without a row breaks the contract."""
+
+
 class Drift(Frozen):
     """When a missing rate counts as drifted from its trailing week. Drift warns and never gates."""
 
@@ -251,6 +266,7 @@ class Platform(Frozen):
     extras: dict[str, Literal["double", "integer", "text"]] = {}
     """Further columns of the impression log, kept in `impressions` and never shown to a model (bids, hides, truth)."""
     join: Join = Join()
+    contract: Contract = Contract()
     drift: Drift = Drift()
     training: Training = Training()
     schedule_hour: int = Field(6, ge=0, le=23)

@@ -158,7 +158,7 @@ def train_ranker(
         "num_threads": 1 if len(frame) < 300_000 else 2,
         "verbosity": -1,
     }
-    digest = hashlib.sha256(json.dumps([platform.fingerprint, params, columns, categories]).encode())
+    digest = hashlib.sha256(json.dumps([platform.name, spec.trees, params, columns, categories]).encode())
     digest.update(np.ascontiguousarray(x).tobytes())
     texts: dict[str, str] = {}
     tasks: dict[str, TaskInfo] = {}

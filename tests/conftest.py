@@ -12,17 +12,15 @@ import yaml
 from mtmd_assets.home import CHECKOUT, Home, Site
 from mtmd_assets.platform import SHIPPED
 
-# No analytics, and two threads that sleep when they wait: tests share the machine.
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 KUAIRAND = CHECKOUT.parent / "shared" / "data" / "KuaiRand-Pure"
 
 
-def small_adworld(folder: Path, rows_per_day: int = 3_000, **changes: object) -> Path:
+def small_adworld(folder: Path, rows_per_day: int = 5_000, **changes: object) -> Path:
     """A platform file: adworld as shipped, but small and quick to train on."""
     content = yaml.safe_load((SHIPPED / "adworld.yaml").read_text())
-    content["source"].update(rows_per_day=rows_per_day, users=800, ads=200)
+    content["source"].update(rows_per_day=rows_per_day, users=1_000, ads=500)
     content["training"] = {"window_days": 3, "max_epochs": 2, "batch_size": 1024, "accelerator": "cpu"}
     content.update(changes)
     file = folder / "small_adworld.yaml"

@@ -174,7 +174,7 @@ def test_a_tick_on_day_d_trains_through_d_minus_1_and_evaluates_the_model_of_d_m
 
 
 def test_a_window_with_a_hole_is_not_trained_on(pipeline, tmp_path):
-    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path, rows_per_day=500))))
+    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("data", DAY[1]).success
     assert runner.run("data", DAY[3]).success
     result = runner.run("models", DAY[3], only=("models",))
@@ -184,7 +184,7 @@ def test_a_window_with_a_hole_is_not_trained_on(pipeline, tmp_path):
 
 
 def test_days_before_the_first_window_are_passed_over(tmp_path):
-    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path, rows_per_day=500))))
+    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("models", DAY[2]).success
     assert runner.site.warehouse.days("models") == []
     assert runner.materialized("models") == set()
@@ -195,7 +195,7 @@ def test_days_built_in_any_order_give_identical_tables(tmp_path):
     for order in ((1, 2, 3), (3, 1, 2)):
         folder = tmp_path / "".join(map(str, order))
         folder.mkdir()
-        runner = Runner(Home(folder / "home").register(str(small_adworld(folder, rows_per_day=1_000))))
+        runner = Runner(Home(folder / "home").register(str(small_adworld(folder))))
         for n in order:
             assert runner.run("data", DAY[n]).success
         homes.append(runner)
@@ -226,7 +226,7 @@ print(reads)
 
 def test_two_backfills_at_once_while_another_process_queries(tmp_path):
     home = Home(tmp_path / "home")
-    site = home.register(str(small_adworld(tmp_path, rows_per_day=2_000)))
+    site = home.register(str(small_adworld(tmp_path)))
     site.warehouse.create()
     stop = tmp_path / "stop"
     environment = {**__import__("os").environ, "MTMD_HOME": str(home.root)}
@@ -257,7 +257,7 @@ def test_two_backfills_at_once_while_another_process_queries(tmp_path):
 
 
 def test_a_day_that_breaks_the_contract_is_not_published_and_says_why(tmp_path, monkeypatch):
-    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path, rows_per_day=1_500))))
+    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     source = runner.site.source
     read = source.read
 
@@ -292,7 +292,7 @@ def test_a_day_that_breaks_the_contract_is_not_published_and_says_why(tmp_path, 
 
 
 def test_a_refused_rebuild_leaves_the_published_day_as_it_was(tmp_path, monkeypatch):
-    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path, rows_per_day=500))))
+    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("data", DAY[1]).success
     before = query(runner, "SELECT count(*), sum(score_ctr) FROM joined_examples"), query(runner, "FROM feature_contract ORDER BY ALL")
     source = runner.site.source
@@ -314,7 +314,7 @@ def test_a_full_disk_keeps_the_old_day(tmp_path, monkeypatch, errno_name):
 
     from mtmd_assets.warehouse import Stage
 
-    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path, rows_per_day=500))))
+    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("data", DAY[1]).success
     before = query(runner, "SELECT sum(score_ctr) FROM joined_examples")
     real = Stage.write

@@ -51,7 +51,7 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
                 if not report.selected(tables):
                     continue
                 try:
-                    done = stage(site, day, context.run_id)
+                    done = stage(site, day, context.run.run_id)
                 except (BadFile, Withheld, Refused) as e:
                     report.fail(day, e)
                     break

@@ -43,7 +43,7 @@ def embedding_assets(site: Site) -> dg.AssetsDefinition:
         model = model_store.load(site, record)
         items, item_keys = _snapshot(site, day, "item")
         queries, query_keys = _snapshot(site, day, "query")
-        with site.warehouse.stage(context.run_id) as stage, site.warehouse.connect() as con:
+        with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
             con.register("items", _long(items, item_keys, model.embed_items(items), record.version))
             con.register("queries", _long(queries, query_keys, model.embed_queries(queries), record.version))
             stage.write(con, "item_embeddings", day, "FROM items")

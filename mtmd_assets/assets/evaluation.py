@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -53,7 +53,7 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
         if record is None:
             return
         model = model_store.load(site, record)
-        with site.warehouse.stage(context.run_id) as stage, site.warehouse.connect() as con:
+        with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
             rows = _rows(site, con, day)
             con.register("predicted", _predictions(model, record, rows))
             con.execute(f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN '{record.window_start}' AND '{record.window_end}'")
@@ -61,7 +61,7 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
             con.execute(f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})")
             stage.write(con, "predictions", day, "FROM predicted")
             stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
-            stage.write_rows(con, "routing_metrics", day, _routing(model, record, rows))
+            stage.write_rows(con, "routing_metrics", day, [{"model_version": record.version, **row} for row in model.routing(rows)])
             stage.publish()
             yield from _results(site, con, day, record)
 
@@ -96,14 +96,6 @@ def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") ->
     return pl.concat(parts).with_columns(
         pl.lit("mtmd").alias("model"), pl.lit(record.version).alias("model_version"), pl.lit(record.seed).cast(pl.Int32).alias("seed")
     )
-
-
-def _routing(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "list[dict[str, Any]]":
-    """One row a tower, domain, task and expert."""
-    from mtmd_model.routing import routing_summary
-
-    used = routing_summary(model.model, [model.encoder.encode(rows, labels=False)])
-    return [{"model_version": record.version, **row} for row in used]
 
 
 def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRecord") -> Iterator[dg.MaterializeResult]:

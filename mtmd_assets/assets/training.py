@@ -42,7 +42,7 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
         if day < platform.first_window_end:
             context.log.info(f"{day}: nothing to do, the first whole window ends on {platform.first_window_end}")
             return
-        yield train_window(site, day, context.run_id, context.log.info)
+        yield train_window(site, day, context.run.run_id, context.log.info)
 
     return models
 

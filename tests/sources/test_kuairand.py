@@ -170,8 +170,8 @@ def test_the_excerpt() -> None:
             continue
         by = ["request_id"] if f.side == "query" else ["ds", "item_id", "product"]
         assert in_scope.group_by(by).agg(pl.col(f.name).n_unique())[f.name].max() == 1, f"{f.name} varies"
-        missing = in_scope.group_by("ds", "surface", "product").agg(pl.col(f.name).is_null().mean())[f.name].max()
-        assert missing <= f.max_missing, f.name
+        missing = in_scope.group_by("ds", "surface", "product").agg(pl.col(f.name).is_null().mean())[f.name].to_list()
+        assert max(missing) <= f.max_missing, f.name
 
 
 @needs_excerpt
@@ -179,7 +179,7 @@ def test_the_ranker_beats_the_prototype_on_the_day_after_its_window(tmp_path: Pa
     """0.70 click and long view, 0.68 profile enter: the measure is the platform's own, outcomes of a later day."""
     platform = platform_of(EXCERPT)
     assert platform.ranker is not None
-    # Fewer and larger steps than shipped: a fifth of the time, 0.01 less AUC.
+    # Fewer and larger steps than shipped, for speed.
     quick = platform.ranker.model_copy(update={"learning_rate": 0.15, "trees": 100})
     platform = platform.model_copy(update={"ranker": quick})
     source, warehouse = Kuairand(platform), Warehouse(tmp_path, tables(platform))
