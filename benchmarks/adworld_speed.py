@@ -1,6 +1,6 @@
 """How fast adworld makes a day, beside the time polars takes to write the same frames to Parquet.
 
-    python benchmarks/adworld_speed.py --rows 1000000
+python benchmarks/adworld_speed.py --rows 1000000
 """
 
 import argparse

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from mtmd_assets.assets import embeddings, evaluation
-from mtmd_assets.assets.common import asset_key, daily_partitions
+from mtmd_assets.assets.common import asset_key
 from mtmd_assets.home import Site
 
 if TYPE_CHECKING:
+    from dagster._core.definitions.partitions.partitioned_schedule import UnresolvedPartitionedAssetScheduleDefinition
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 MODEL_TABLES = ("models", *evaluation.TABLES, *embeddings.TABLES)
@@ -24,7 +25,10 @@ def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
     models = dg.AssetSelection.assets(*(asset_key(platform, t) for t in MODEL_TABLES))
     described = {
         "data": (everything - models, "Build, check and publish days of logs, scores and joined examples."),
-        "models": (models, "Train on the window that ends on the day; evaluate and embed the day by the model of the day before."),
+        "models": (
+            models,
+            "Train on the window that ends on the day; evaluate and embed the day by the model of the day before.",
+        ),
         "daily": (everything, "Yesterday, from its logs to its embeddings."),
     }
     return [
@@ -32,14 +36,15 @@ def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
             f"{platform.name}_{name}",
             selection=selection,
             description=description,
-            partitions_def=daily_partitions(platform),
             executor_def=dg.in_process_executor,
         )
         for name, (selection, description) in described.items()
     ]
 
 
-def schedule(site: Site, daily: "UnresolvedAssetJobDefinition") -> dg.ScheduleDefinition:
+def schedule(
+    site: Site, daily: "UnresolvedAssetJobDefinition"
+) -> "dg.ScheduleDefinition | UnresolvedPartitionedAssetScheduleDefinition":
     """A tick on day D runs the partition D-1: its window ends on D-1, and the model trained through D-2 is evaluated on it."""
     return dg.build_schedule_from_partitioned_job(
         daily, name=f"{site.platform.name}_every_day", hour_of_day=site.platform.schedule_hour, minute_of_hour=0

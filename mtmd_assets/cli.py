@@ -1,11 +1,11 @@
 """The command `mtmd`: what the Makefile calls, and what a person types.
 
-    mtmd demo [--platform NAME] [--data FOLDER]   build days, train, evaluate, print the scoreboard
-    mtmd backfill FIRST LAST [--platform NAME]     build days of data without the UI
-    mtmd register FILE [--data FOLDER]            add a platform to the home
-    mtmd scoreboard [--platform NAME]             LogMAE by slice and task, of every evaluated day
-    mtmd sql [--platform NAME] [QUERY]            one query, or a DuckDB prompt
-    mtmd ui [--port PORT]                         the Dagster UI with its daemon
+mtmd demo [--platform NAME] [--data FOLDER]   build days, train, evaluate, print the scoreboard
+mtmd backfill FIRST LAST [--platform NAME]     build days of data without the UI
+mtmd register FILE [--data FOLDER]            add a platform to the home
+mtmd scoreboard [--platform NAME]             LogMAE by slice and task, of every evaluated day
+mtmd sql [--platform NAME] [QUERY]            one query, or a DuckDB prompt
+mtmd ui [--port PORT]                         the Dagster UI with its daemon
 """
 
 import argparse
@@ -31,7 +31,9 @@ _RANGE_START, _RANGE_END = "dagster/asset_partition_range_start", "dagster/asset
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="mtmd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="mtmd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("demo", "backfill", "scoreboard", "sql"):
         commands.add_parser(name).add_argument("--platform", default=ALWAYS)
@@ -107,7 +109,10 @@ def backfill(site: Site, first: date, last: date, home: Home) -> int:
 
     home.prepare_dagster()
     job = platform_definitions(site).resolve_job_def(f"{site.platform.name}_data")
-    with dg.DagsterInstance.get() as instance, _step(f"build and check the days {first} to {last} of {site.platform.name}"):
+    with (
+        dg.DagsterInstance.get() as instance,
+        _step(f"build and check the days {first} to {last} of {site.platform.name}"),
+    ):
         _run(job, instance, tags={_RANGE_START: str(first), _RANGE_END: str(last)})
     return 0
 
@@ -175,12 +180,19 @@ def print_scoreboard(site: Site) -> int:
         cells = scoreboard.cells(con, site, days)
         print(f"LogMAE to the heavyweight scores, {site.platform.name}, evaluated on {', '.join(map(str, days))}\n")
         print(scoreboard.scoreboard(con, site, days))
+        if not site.platform.logs_scores:
+            print(
+                "\nAUC of the heavyweight ranker that is imitated, against the outcomes of days it was not trained on\n"
+            )
+            print(scoreboard.ranker_auc(con, site))
     better = sum(c[4] < c[5] for c in cells)
     print(f"\nmtmd is better than the slice's mean in {better} of {len(cells)} cells", end="")
     large = [c for c in cells if c[3] >= 200]
     if len(large) < len(cells):
         print(f", in {sum(c[4] < c[5] for c in large)} of the {len(large)} with at least 200 rows", end="")
-    print(f'\n\nmake ui                                   the assets, in Dagster\nmake sql Q="FROM slice_metrics LIMIT 5"   the tables, in DuckDB')
+    print(
+        '\n\nmake ui                                   the assets, in Dagster\nmake sql Q="FROM slice_metrics LIMIT 5"   the tables, in DuckDB'
+    )
     return 0
 
 
@@ -199,7 +211,9 @@ def ui(home: Home, port: str) -> int:
     for site in home.sites():
         site.warehouse.create()
     home.prepare_dagster()
-    return subprocess.run([_script("dg"), "dev", "-w", "workspace.yaml", "-p", port], cwd=CHECKOUT, check=False).returncode
+    return subprocess.run(
+        [_script("dg"), "dev", "-w", "workspace.yaml", "-p", port], cwd=CHECKOUT, check=False
+    ).returncode
 
 
 def _script(name: str) -> str:

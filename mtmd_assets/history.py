@@ -7,13 +7,15 @@ neither the order of a backfill nor anything that happens on day D or later can 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-
-import duckdb
+from typing import TYPE_CHECKING
 
 import sql
 from mtmd_assets.faults import Withheld
 from mtmd_assets.platform import History, Platform
 from mtmd_assets.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Counter:
 
 
 def create_history(
-    con: duckdb.DuckDBPyConnection,
+    con: "DuckDBPyConnection",
     platform: Platform,
     warehouse: Warehouse,
     day: date,
@@ -70,7 +72,7 @@ def require_days(platform: Platform, warehouse: Warehouse, first: date, last: da
 
 
 def create_counters(
-    con: duckdb.DuckDBPyConnection,
+    con: "DuckDBPyConnection",
     platform: Platform,
     warehouse: Warehouse,
     day: date,

@@ -117,7 +117,9 @@ class Home:
             draft.write_text(text)
             os.replace(draft, folder / "platform.yaml")
         except OSError as e:
-            raise PermissionError(f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can") from e
+            raise PermissionError(
+                f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
+            ) from e
         return Site(platform, folder)
 
     def prepare_dagster(self) -> Path:

@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
-
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 
@@ -37,12 +35,15 @@ def trained_on(site: Site, last_day: date) -> ModelRecord:
     Raises:
         Withheld: if there is none, saying what to run.
     """
-    file = site.warehouse.path("models", last_day)
-    if not file.is_file():
-        raise Withheld(f"no model is trained through {last_day}: materialise {site.platform.name}/models for {last_day}")
-    query = "SELECT model_version, seed, window_start, window_end FROM read_parquet($file) WHERE model = 'mtmd' AND promoted"
-    with duckdb.connect() as con:
-        [row] = con.execute(query, {"file": str(file)}).fetchall()
+    if not site.warehouse.published("models", last_day):
+        raise Withheld(
+            f"no model is trained through {last_day}: materialise {site.platform.name}/models for {last_day}"
+        )
+    query = (
+        "SELECT model_version, seed, window_start, window_end FROM models WHERE ds = ? AND model = 'mtmd' AND promoted"
+    )
+    with site.warehouse.connect() as con:
+        [row] = con.execute(query, [last_day]).fetchall()
     return ModelRecord(*row)
 
 
@@ -55,7 +56,7 @@ def load(site: Site, record: ModelRecord) -> "Predictor":
     from mtmd_model import checkpoint
 
     model = checkpoint.load(site.models / record.version)
-    if model.encoder.schema != site.platform.schema:
+    if model.encoder.schema != site.platform.model_schema:
         raise Withheld(
             f"model {record.version} was trained under another platform file (other features, tasks or slices): "
             f"materialise {site.platform.name}/models for {record.window_end} again"

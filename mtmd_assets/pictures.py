@@ -25,7 +25,9 @@ def loss_curve(history: Sequence[dict[str, Any]], best_epoch: int) -> "MarkdownM
     return _markdown(figure)
 
 
-def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, str], float], title: str) -> "MarkdownMetadataValue":
+def heat_map(
+    rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, str], float], title: str
+) -> "MarkdownMetadataValue":
     """A table of numbers, coloured; a cell without a value stays empty (the task does not exist there)."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -36,7 +38,15 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str
     image = axes.imshow(grid, cmap="viridis_r", aspect="auto")
     middle = np.nanmean([np.nanmin(grid), np.nanmax(grid)]) if np.isfinite(grid).any() else 0
     for i, j in zip(*np.nonzero(np.isfinite(grid)), strict=True):
-        axes.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center", fontsize=8, color="white" if grid[i, j] > middle else "black")
+        axes.text(
+            j,
+            i,
+            f"{grid[i, j]:.3f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if grid[i, j] > middle else "black",
+        )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize=10)
@@ -48,9 +58,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     """A Markdown table; numbers are right-aligned and shortened."""
 
     def cell(v: object) -> str:
-        return f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
+        return (
+            f"{v:.4g}"
+            if isinstance(v, float)
+            else f"{v:,}"
+            if isinstance(v, int) and not isinstance(v, bool)
+            else str(v)
+        )
 
-    numeric = [all(isinstance(r[i], int | float | None) for r in rows) for i in range(len(header))] if rows else [False] * len(header)
+    numeric = (
+        [all(isinstance(r[i], int | float | None) for r in rows) for i in range(len(header))]
+        if rows
+        else [False] * len(header)
+    )
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join("--:" if n else "---" for n in numeric) + "|"]
     return "\n".join(lines + ["| " + " | ".join(cell(v) for v in r) + " |" for r in rows])
 

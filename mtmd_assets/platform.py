@@ -18,21 +18,105 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mtmd_assets.faults import PlatformError
 from mtmd_model.schema import Feature as ModelFeature
-from mtmd_model.schema import Schema, Task as ModelTask
+from mtmd_model.schema import Schema
+from mtmd_model.schema import Task as ModelTask
 
 SHIPPED = Path(__file__).parent / "platforms"
 
 # Columns every table of logs has; a feature may not take their names.
-KEY_COLUMNS = ("impression_id", "request_id", "user_id", "item_id", "ts", "surface", "product", "ds", "weight", "ranker_version")
+KEY_COLUMNS = (
+    "impression_id",
+    "request_id",
+    "user_id",
+    "item_id",
+    "ts",
+    "surface",
+    "product",
+    "ds",
+    "weight",
+    "ranker_version",
+)
 _SQL_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _VALUE = re.compile(r"[A-Za-z0-9_]+")
 # DuckDB's reserved words (`duckdb_keywords()`), so that a column can be written without quotes everywhere.
 _RESERVED = frozenset(
-    """all analyse analyze and any array as asc asymmetric both case cast check collate column constraint create
-    default deferrable desc describe distinct do else end except false fetch for foreign from group having in
-    initially intersect into lambda lateral leading limit not null offset on only or order pivot pivot_longer
-    pivot_wider placing primary qualify references returning select show some summarize symmetric table then to
-    trailing true union unique unpivot using variadic when where window with""".split()
+    [
+        "all",
+        "analyse",
+        "analyze",
+        "and",
+        "any",
+        "array",
+        "as",
+        "asc",
+        "asymmetric",
+        "both",
+        "case",
+        "cast",
+        "check",
+        "collate",
+        "column",
+        "constraint",
+        "create",
+        "default",
+        "deferrable",
+        "desc",
+        "describe",
+        "distinct",
+        "do",
+        "else",
+        "end",
+        "except",
+        "false",
+        "fetch",
+        "for",
+        "foreign",
+        "from",
+        "group",
+        "having",
+        "in",
+        "initially",
+        "intersect",
+        "into",
+        "lambda",
+        "lateral",
+        "leading",
+        "limit",
+        "not",
+        "null",
+        "offset",
+        "on",
+        "only",
+        "or",
+        "order",
+        "pivot",
+        "pivot_longer",
+        "pivot_wider",
+        "placing",
+        "primary",
+        "qualify",
+        "references",
+        "returning",
+        "select",
+        "show",
+        "some",
+        "summarize",
+        "symmetric",
+        "table",
+        "then",
+        "to",
+        "trailing",
+        "true",
+        "union",
+        "unique",
+        "unpivot",
+        "using",
+        "variadic",
+        "when",
+        "where",
+        "window",
+        "with",
+    ]
 )
 
 
@@ -126,7 +210,9 @@ class Feature(Frozen):
             raise ValueError("an item feature is had by products, not by surfaces")
         encodings = [n for n in ("vocabulary", "buckets", "min_count") if getattr(self, n) is not None]
         if self.kind == "categorical" and len(encodings) != 1:
-            raise ValueError(f"a categorical feature needs exactly one of vocabulary, buckets, min_count; it has {encodings}")
+            raise ValueError(
+                f"a categorical feature needs exactly one of vocabulary, buckets, min_count; it has {encodings}"
+            )
         if self.kind == "dense" and (encodings or self.key):
             raise ValueError(f"a dense feature has no {', '.join(encodings) or 'key'}")
         if self.kind == "categorical" and self.log1p:
@@ -311,7 +397,8 @@ class Platform(Frozen):
     def _consistent(self) -> "Platform":
         _no_duplicates([f.name for f in self.features] + list(self.extras) + [f"outcome_{t.name}" for t in self.tasks])
         names = {t.name for t in self.tasks}
-        for kind, part in (("tasks", self.tasks), ("features", self.features)):
+        parts: tuple[tuple[str, tuple[Task | Feature, ...]], ...] = (("tasks", self.tasks), ("features", self.features))
+        for kind, part in parts:
             for i, spec in enumerate(part):
                 for axis in ("surfaces", "products"):
                     chosen = getattr(spec, axis)
@@ -319,7 +406,9 @@ class Platform(Frozen):
                         continue
                     unknown = [v for v in chosen if v not in getattr(self, axis)]
                     if unknown or not chosen:
-                        raise ValueError(f"{kind}.{i}.{axis}: {spec.name} names {unknown}, not among {list(getattr(self, axis))}")
+                        raise ValueError(
+                            f"{kind}.{i}.{axis}: {spec.name} names {unknown}, not among {list(getattr(self, axis))}"
+                        )
         seen: set[str] = set()
         by_name = {t.name: t for t in self.tasks}
         for i, t in enumerate(self.tasks):
@@ -344,7 +433,9 @@ class Platform(Frozen):
         for side in ("query", "item"):
             if not any(f.side == side for f in self.features):
                 raise ValueError(f"features: the {side} tower has none")
-        overlap = set(self.surfaces) & set(self.out_of_scope.surfaces) | set(self.products) & set(self.out_of_scope.products)
+        overlap = set(self.surfaces) & set(self.out_of_scope.surfaces) | set(self.products) & set(
+            self.out_of_scope.products
+        )
         if overlap:
             raise ValueError(f"out_of_scope: {sorted(overlap)} are in scope")
         if self.end is not None and self.end < self.start:
@@ -357,7 +448,10 @@ class Platform(Frozen):
 
     def _slices_of(self, task: Task) -> list[tuple[str, str]]:
         return [
-            (s, p) for s in self.surfaces for p in self.products if s in (task.surfaces or self.surfaces) and p in (task.products or self.products)
+            (s, p)
+            for s in self.surfaces
+            for p in self.products
+            if s in (task.surfaces or self.surfaces) and p in (task.products or self.products)
         ]
 
     @cached_property
@@ -378,7 +472,9 @@ class Platform(Frozen):
     @property
     def logs_scores(self) -> bool:
         """Whether the source brings heavyweight scores; otherwise the built-in ranker makes them."""
-        return self.source.kind == "adworld" or (self.source.kind == "parquet" and self.source.heavyweight_scores is not None)
+        return self.source.kind == "adworld" or (
+            self.source.kind == "parquet" and self.source.heavyweight_scores is not None
+        )
 
     @property
     def history_days(self) -> int:
@@ -404,7 +500,7 @@ class Platform(Frozen):
         return surface in (feature.surfaces or self.surfaces) and product in (feature.products or self.products)
 
     @cached_property
-    def schema(self) -> Schema:
+    def model_schema(self) -> Schema:
         """What the model needs to know."""
         return Schema(
             platform=self.name,
@@ -459,7 +555,11 @@ def parse_platform(text: str, file: str) -> Platform:
         problems = []
         for error in e.errors():
             key = ".".join(str(part) for part in error["loc"]) or "platform"
-            received = "" if isinstance(error["input"], dict) and len(error["input"]) > 3 else f" (received {error['input']!r:.200})"
+            received = (
+                ""
+                if isinstance(error["input"], dict) and len(error["input"]) > 3
+                else f" (received {error['input']!r:.200})"
+            )
             problems.append(f"{file}: {key}: {error['msg'].removeprefix('Value error, ')}{received}")
         raise PlatformError("\n".join(problems)) from e
 

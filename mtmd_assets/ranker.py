@@ -14,9 +14,8 @@ import uuid
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import polars as pl
 
@@ -24,6 +23,9 @@ from mtmd_assets.faults import Withheld
 from mtmd_assets.history import Counter, create_counters, create_history, require_days
 from mtmd_assets.platform import History, Platform, Ranker
 from mtmd_assets.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 FLOOR = 1e-6
 """Scores lie in [FLOOR, 1 - FLOOR]: the join refuses a score of exactly 0 or 1."""
@@ -101,7 +103,7 @@ def training_days(platform: Platform, last_day: date) -> list[date]:
 
 
 def train_ranker(
-    con: duckdb.DuckDBPyConnection, platform: Platform, warehouse: Warehouse, last_day: date, folder: Path
+    con: "DuckDBPyConnection", platform: Platform, warehouse: Warehouse, last_day: date, folder: Path
 ) -> RankerInfo:
     """Train on the outcomes of the `train_days` days that end with `last_day`, and store it in `folder`.
 
@@ -154,7 +156,7 @@ def train_ranker(
         "seed": spec.seed,
         "deterministic": True,
         "force_row_wise": True,
-        # Threads that wait for each other spin: on a busy machine two took 30 times as long as one on small data.
+        # Small data leave threads waiting for each other, and a waiting thread spins, which is dear on a busy machine.
         "num_threads": 1 if len(frame) < 300_000 else 2,
         "verbosity": -1,
     }
@@ -227,7 +229,7 @@ def load_ranker(folder: Path) -> tuple[RankerInfo, dict[str, Any]]:
 
 
 def score_day(
-    con: duckdb.DuckDBPyConnection, platform: Platform, warehouse: Warehouse, day: date, folder: Path
+    con: "DuckDBPyConnection", platform: Platform, warehouse: Warehouse, day: date, folder: Path
 ) -> pl.DataFrame:
     """The ranker's scores of every published impression of `day`: the columns of `heavyweight_scores`.
 
@@ -284,7 +286,7 @@ def score_day(
     return out.with_columns(*masked).drop("surface", "product")
 
 
-def day_auc(con: duckdb.DuckDBPyConnection, platform: Platform, day: date, scores: pl.DataFrame) -> pl.DataFrame:
+def day_auc(con: "DuckDBPyConnection", platform: Platform, day: date, scores: pl.DataFrame) -> pl.DataFrame:
     """How well scores of `day` rank its outcomes: one row a task and slice, and a task overall (slice null).
 
     Columns: `surface, product, task, rows, positives, auc`; `auc` is null where one outcome only was seen. Both score
@@ -367,7 +369,7 @@ def _counters(platform: Platform) -> list[Counter]:
     return counters
 
 
-def _frame(con: duckdb.DuckDBPyConnection, platform: Platform, warehouse: Warehouse, day: date) -> pl.DataFrame:
+def _frame(con: "DuckDBPyConnection", platform: Platform, warehouse: Warehouse, day: date) -> pl.DataFrame:
     """A day's published impressions with their features, history and counters, in the order of `impression_id`."""
     create_history(con, platform, warehouse, day)
     create_counters(con, platform, warehouse, day, _counters(platform), table="ranker_counters")

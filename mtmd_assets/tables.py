@@ -109,7 +109,13 @@ def tables(platform: Platform) -> dict[str, Columns]:
             "entropy": "DOUBLE",
             "entropy_of_mean": "DOUBLE",
         },
-        "item_embeddings": {"model_version": "VARCHAR", "item_id": id_, "product": "VARCHAR", "task": "VARCHAR", "embedding": "FLOAT[]"},
+        "item_embeddings": {
+            "model_version": "VARCHAR",
+            "item_id": id_,
+            "product": "VARCHAR",
+            "task": "VARCHAR",
+            "embedding": "FLOAT[]",
+        },
         "query_embeddings": {
             "model_version": "VARCHAR",
             "request_id": id_,

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
-
-import duckdb
+from typing import TYPE_CHECKING, Any
 
 import sql
 from mtmd_assets.tables import Columns
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 SCHEMA_DAY = date(1, 1, 1)
 """The day of the zero-row file that every table starts with, so that every view answers."""
@@ -67,8 +68,10 @@ class Warehouse:
 
     def columns(self, table: str, day: date) -> list[tuple[str, str]]:
         """Name and DuckDB type of each column of a published day, in order."""
-        with duckdb.connect() as con:
-            described = con.execute("DESCRIBE FROM read_parquet($file, hive_partitioning = false)", {"file": str(self.path(table, day))})
+        with _connect() as con:
+            described = con.execute(
+                "DESCRIBE FROM read_parquet($file, hive_partitioning = false)", {"file": str(self.path(table, day))}
+            )
             return [(name, kind) for name, kind, *_ in described.fetchall()]
 
     def missing(self, table: str, first: date, last: date) -> list[date]:
@@ -76,11 +79,11 @@ class Warehouse:
         days = (first + timedelta(n) for n in range((last - first).days + 1))
         return [d for d in days if not self.published(table, d)]
 
-    def connect(self) -> duckdb.DuckDBPyConnection:
+    def connect(self) -> "DuckDBPyConnection":
         """An in-memory connection with a view a table; spills to a folder of the home."""
         self.create()
         spill = self.folder / "tmp"
-        con = duckdb.connect(config={"temp_directory": str(spill), "preserve_insertion_order": True})
+        con = _connect(temp_directory=str(spill))
         con.execute(self._views())
         return con
 
@@ -94,7 +97,9 @@ class Warehouse:
             probe.mkdir()
             probe.rmdir()
         except OSError as e:
-            raise PermissionError(f"{self.folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can") from e
+            raise PermissionError(
+                f"{self.folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
+            ) from e
         self._sweep()
         changed = [t for t in self.tables if self._create_table(t)]
         stamp = self.folder / "views.sql"
@@ -110,7 +115,7 @@ class Warehouse:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._draft()
-        with duckdb.connect() as con:
+        with _connect() as con:
             con.execute(f"COPY ({wanted}) TO '{draft}' {_COPY}")
         os.replace(draft, path)
         draft.write_text(wanted)
@@ -131,7 +136,7 @@ class Warehouse:
     def _create_views(self, stamp: Path) -> None:
         """Build `mtmd.duckdb` beside the old one and swap it whole, so that readers keep their snapshot."""
         draft = self._draft()
-        with duckdb.connect() as con:
+        with _connect() as con:
             # An old storage version, so that older DuckDB shells read it.
             con.execute(f"ATTACH '{draft}' AS views (STORAGE_VERSION 'v1.2.0'); USE views;")
             con.execute(self._views())
@@ -180,7 +185,7 @@ class Stage:
         """Where the staged file of a table and day is."""
         return self.folder / f"{table}@{day.isoformat()}.parquet"
 
-    def write(self, con: duckdb.DuckDBPyConnection, table: str, day: date, query: str, parameters: object = None) -> Path:
+    def write(self, con: "DuckDBPyConnection", table: str, day: date, query: str, parameters: object = None) -> Path:
         """Write a query's rows as one day of a table; columns are picked by name and cast to the table's types.
 
         Raises:
@@ -191,7 +196,7 @@ class Stage:
         con.execute(f"COPY (SELECT {columns} FROM ({query})) TO '{path}' {_COPY}", parameters)
         return path
 
-    def write_rows(self, con: duckdb.DuckDBPyConnection, table: str, day: date, rows: list[dict[str, Any]]) -> Path:
+    def write_rows(self, con: "DuckDBPyConnection", table: str, day: date, rows: list[dict[str, Any]]) -> Path:
         """Write Python rows as one day of a table (see `write`)."""
         import pyarrow as pa
 
@@ -227,6 +232,15 @@ class Stage:
                 os.replace(self.folder / name, target)
             except FileNotFoundError:
                 continue
+
+
+def _connect(**config: str) -> "DuckDBPyConnection":
+    """An in-memory connection. DuckDB is imported here: a code location that holds the module in its assets' globals
+    makes it complain of leaks whenever a process ends that also used torch.
+    """
+    import duckdb
+
+    return duckdb.connect(config=dict(config))
 
 
 def _alive(pid: int) -> bool:

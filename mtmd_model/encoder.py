@@ -146,9 +146,7 @@ def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
     for f in categorical:
         given = [k for k in ("vocabulary", "buckets", "min_count") if getattr(f, k) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"feature {f.name!r} needs one of vocabulary, buckets and min_count, got {given}"
-            )
+            raise ValueError(f"feature {f.name!r} needs one of vocabulary, buckets and min_count, got {given}")
     learned = [f.name for f in categorical if f.min_count is not None]
     counts = _count(learned, files)
     vocabularies = {}

@@ -95,9 +95,7 @@ class GroupedFFN(nn.Module):
         super().__init__()
         self.dropout = dropout
         inputs = (d_in, *widths[:-1])
-        self.linears = nn.ModuleList(
-            GroupedLinear(experts, i, o) for i, o in zip(inputs, widths, strict=True)
-        )
+        self.linears = nn.ModuleList(GroupedLinear(experts, i, o) for i, o in zip(inputs, widths, strict=True))
         self.norms = nn.ModuleList(GroupedLayerNorm(experts, o) for o in widths)
         self.out = None if d_out is None else GroupedLinear(experts, widths[-1], d_out)
 

@@ -26,9 +26,7 @@ def existing_slices(schema: Schema) -> Tensor:
                 raise ValueError(f"task {task.name!r} must come after its parent {task.given!r}")
             orphans = set(task.slices) - set(seen[task.given].slices)
             if orphans:
-                raise ValueError(
-                    f"task {task.name!r} exists in {sorted(orphans)}, its parent {task.given!r} does not"
-                )
+                raise ValueError(f"task {task.name!r} exists in {sorted(orphans)}, its parent {task.given!r} does not")
         seen[task.name] = task
         for surface, product in task.slices:
             exists[t, schema.surfaces.index(surface), schema.products.index(product)] = True

@@ -83,9 +83,7 @@ class Tower(nn.Module):
 
         counts = list(groups.counts)
         blocks = zip(self.domains, dense_BF.split(counts), embedded_BW.split(counts), strict=True)
-        adapted = {
-            d: self.adaptation[module_key(d)](dense, embedded) for d, dense, embedded in blocks if len(dense)
-        }
+        adapted = {d: self.adaptation[module_key(d)](dense, embedded) for d, dense, embedded in blocks if len(dense)}
         shared_BH = self.domain_shared(torch.cat([a.common_BS for a in adapted.values()]))
         shared = dict(zip(adapted, shared_BH.split([n for n in counts if n]), strict=True))
         outputs = {d: self.expert[module_key(d)](adapted[d], shared[d]) for d in adapted}
@@ -93,9 +91,7 @@ class Tower(nn.Module):
         sorted_BW = torch.cat([self._all_tasks(d, out.embedding_BW) for d, out in outputs.items()])
         embedding_BW = _Permute.apply(sorted_BW, groups.inverse_B, groups.order_B)
         parts = embedding_BW.split(list(self.widths.values()), 1)
-        return TowerOutput(
-            dict(zip(self.widths, parts, strict=True)), {d: out.gates_TBE for d, out in outputs.items()}
-        )
+        return TowerOutput(dict(zip(self.widths, parts, strict=True)), {d: out.gates_TBE for d, out in outputs.items()})
 
     def statistics(self, domain: str) -> tuple[list[float], list[float], list[float]]:
         """Mean, variance and count of each of the tower's dense features in a domain."""

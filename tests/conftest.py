@@ -1,73 +1,18 @@
-"""Small worlds for the tests: a small adworld, its home, and jobs run in this process."""
+"""Fixtures that several test modules share."""
 
 import os
-from collections.abc import Iterator
 from datetime import date
-from pathlib import Path
 
-import dagster as dg
 import pytest
-import yaml
 
-from mtmd_assets.home import CHECKOUT, Home, Site
-from mtmd_assets.platform import SHIPPED
+from mtmd_assets.home import Home
+from tests.worlds import Runner, small_adworld
 
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 
-KUAIRAND = CHECKOUT.parent / "shared" / "data" / "KuaiRand-Pure"
-
-
-def small_adworld(folder: Path, rows_per_day: int = 5_000, **changes: object) -> Path:
-    """A platform file: adworld as shipped, but small and quick to train on."""
-    content = yaml.safe_load((SHIPPED / "adworld.yaml").read_text())
-    content["source"].update(rows_per_day=rows_per_day, users=1_000, ads=500)
-    content["training"] = {"window_days": 3, "max_epochs": 2, "batch_size": 1024, "accelerator": "cpu"}
-    content.update(changes)
-    file = folder / "small_adworld.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
-
-
-class Runner:
-    """Runs the jobs of one site in this process, keeping their events in an ephemeral instance."""
-
-    def __init__(self, site: Site):
-        from mtmd_assets.definitions import platform_definitions
-
-        self.site = site
-        self.definitions = platform_definitions(site)
-        self.instance = dg.DagsterInstance.ephemeral()
-
-    def key(self, table: str) -> dg.AssetKey:
-        """The asset key of a table."""
-        return dg.AssetKey([self.site.platform.name, table])
-
-    def run(self, job: str, first: date, last: date | None = None, only: tuple[str, ...] = ()) -> dg.ExecuteInProcessResult:
-        """Run `<platform>_<job>` for one day, or for a range of days in one run."""
-        span = {"dagster/asset_partition_range_start": str(first), "dagster/asset_partition_range_end": str(last)}
-        return self.definitions.resolve_job_def(f"{self.site.platform.name}_{job}").execute_in_process(
-            instance=self.instance,
-            partition_key=None if last else str(first),
-            tags=span if last else None,
-            asset_selection=[self.key(t) for t in only] or None,
-            raise_on_error=False,
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
-
-    def materialized(self, table: str) -> set[str]:
-        """The partitions that Dagster shows as materialised."""
-        return self.instance.get_materialized_partitions(self.key(table))
-
-    def checks(self, name: str) -> list[dg.AssetCheckEvaluation]:
-        """Evaluations of a check of the joined examples, newest first."""
-        key = dg.AssetCheckKey(self.key("joined_examples"), name)
-        records = self.instance.event_log_storage.get_asset_check_execution_history(key, limit=20)
-        found = [r.event.dagster_event.event_specific_data for r in records if r.event and r.event.dagster_event]
-        return [e for e in found if isinstance(e, dg.AssetCheckEvaluation)]
-
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """Six days of a small adworld, through every stage: trained through the 3rd, 4th and 5th, evaluated after."""
     folder = tmp_path_factory.mktemp("pipeline")
     runner = Runner(Home(folder / "home").register(str(small_adworld(folder))))
@@ -75,10 +20,4 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     assert runner.run("data", days[0], days[4]).success
     assert runner.run("models", days[2]).success
     assert runner.run("models", days[3]).success
-    yield runner
-
-
-def show_failure(result: dg.ExecuteInProcessResult) -> str:
-    """Why a run failed, all of it."""
-    errors = [e.step_failure_data.error for e in result.all_events if e.is_step_failure]
-    return "\n".join(str(e.cause or e) for e in errors if e)
+    return runner

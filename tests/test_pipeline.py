@@ -11,14 +11,13 @@ import dagster as dg
 import duckdb
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
-from conftest import KUAIRAND, Runner, show_failure, small_adworld
 
 from mtmd_assets import model_store
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Home
 from mtmd_assets.tables import tables
+from tests.worlds import KUAIRAND, Runner, show_failure, small_adworld
 
 DAY = {n: date(2026, 1, n) for n in range(1, 8)}
 
@@ -41,7 +40,14 @@ def test_every_table_has_rows_and_its_columns(pipeline):
 
 def test_dagster_shows_each_day_of_each_asset(pipeline):
     scored = {str(DAY[n]) for n in range(1, 6)}
-    for table in ("impressions", "heavyweight_scores", "joined_examples", "rejected_rows", "row_counts", "feature_missingness"):
+    for table in (
+        "impressions",
+        "heavyweight_scores",
+        "joined_examples",
+        "rejected_rows",
+        "row_counts",
+        "feature_missingness",
+    ):
         assert pipeline.materialized(table) == scored, table
     assert pipeline.materialized("models") == {str(DAY[3]), str(DAY[4])}
     for table in ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings"):
@@ -53,7 +59,8 @@ def test_every_row_received_is_accounted_for(pipeline):
     counts = query(pipeline, "SELECT ds, source, received, accepted, rejected FROM row_counts ORDER BY ALL")
     assert len(counts) == 5 * 3
     assert all(received == accepted + rejected for _, _, received, accepted, rejected in counts)
-    rejected = dict(((ds, s), n) for ds, s, n in query(pipeline, "SELECT ds, source, count(*) FROM rejected_rows GROUP BY ALL"))
+    by_source = query(pipeline, "SELECT ds, source, count(*) FROM rejected_rows GROUP BY ALL")
+    rejected = {(ds, source): n for ds, source, n in by_source}
     assert rejected == {(ds, s): r for ds, s, _, _, r in counts if r}
     joined = query(pipeline, "SELECT ds, count(*) FROM joined_examples GROUP BY ds ORDER BY ds")
     assert joined == [(ds, accepted) for ds, s, _, accepted, _ in counts if s == "impressions"]
@@ -95,7 +102,10 @@ def test_slice_metrics_equal_a_computation_by_hand(pipeline):
         schema=["surface", "product", "task", "score", "probability"],
         orient="row",
     )
-    found = query(pipeline, "SELECT surface, product, task, rows, logmae, calibration FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL")
+    found = query(
+        pipeline,
+        "SELECT surface, product, task, rows, logmae, calibration FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL",
+    )
     assert len(found) == 6 * 2 + 3 + 3  # ctr and gctr everywhere, octr on standard, cvr on shopping
     for surface, product, task, rows, logmae, calibration in found:
         cell = frame.filter((pl.col("surface") == surface) & (pl.col("product") == product) & (pl.col("task") == task))
@@ -113,7 +123,12 @@ def test_constants_come_from_the_window_only(pipeline):
     window = "SELECT surface, product, avg(score_ctr) FROM joined_examples WHERE ds BETWEEN '2026-01-01' AND '2026-01-03' GROUP BY ALL"
     constant = {(s, p): mean for s, p, mean in query(pipeline, window)}
     for surface, product, _, logmae in found:
-        scores = query(pipeline, "SELECT score_ctr FROM joined_examples WHERE ds = '2026-01-04' AND surface = ? AND product = ?", surface, product)
+        scores = query(
+            pipeline,
+            "SELECT score_ctr FROM joined_examples WHERE ds = '2026-01-04' AND surface = ? AND product = ?",
+            surface,
+            product,
+        )
         expected = np.mean([abs(math.log(constant[surface, product]) - math.log(t)) for (t,) in scores])
         assert logmae == pytest.approx(expected, rel=1e-9)
 
@@ -170,7 +185,9 @@ def test_a_tick_on_day_d_trains_through_d_minus_1_and_evaluates_the_model_of_d_m
     # the model it evaluated and embedded with: trained through D-2, on D-1
     [(trained_through_d_minus_2,)] = query(pipeline, "SELECT model_version FROM models WHERE ds = '2026-01-04'")
     for table in ("slice_metrics", "predictions", "item_embeddings", "query_embeddings"):
-        assert query(pipeline, f"SELECT DISTINCT model_version FROM {table} WHERE ds = '2026-01-05'") == [(trained_through_d_minus_2,)], table
+        assert query(pipeline, f"SELECT DISTINCT model_version FROM {table} WHERE ds = '2026-01-05'") == [
+            (trained_through_d_minus_2,)
+        ], table
 
 
 def test_a_window_with_a_hole_is_not_trained_on(pipeline, tmp_path):
@@ -202,8 +219,11 @@ def test_days_built_in_any_order_give_identical_tables(tmp_path):
     first, second = homes
     for table in tables(first.site.platform):
         for day in first.site.warehouse.days(table):
-            assert pq.read_table(first.site.warehouse.path(table, day)).equals(pq.read_table(second.site.warehouse.path(table, day))), (table, day)
-    assert query(first, "FROM feature_missingness ORDER BY ALL") == query(second, "FROM feature_missingness ORDER BY ALL")
+            one, other = (pl.read_parquet(r.site.warehouse.path(table, day), hive_partitioning=False) for r in homes)
+            assert one.equals(other), (table, day)
+    assert query(first, "FROM feature_missingness ORDER BY ALL") == query(
+        second, "FROM feature_missingness ORDER BY ALL"
+    )
     assert query(first, "SELECT count(*) FROM feature_missingness WHERE rule = 'drift'")[0][0] > 0
 
 
@@ -231,7 +251,10 @@ def test_two_backfills_at_once_while_another_process_queries(tmp_path):
     stop = tmp_path / "stop"
     environment = {**__import__("os").environ, "MTMD_HOME": str(home.root)}
     reader = subprocess.Popen(
-        [sys.executable, "-c", READER, str(site.warehouse.database), str(stop)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", READER, str(site.warehouse.database), str(stop)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     backfills = [
         subprocess.Popen(
@@ -283,7 +306,9 @@ def test_a_day_that_breaks_the_contract_is_not_published_and_says_why(tmp_path, 
     assert "query_length" in said
     assert "100 %" in said
     # and SQL says it too
-    broken = query(runner, "SELECT DISTINCT surface, feature, ds FROM feature_missingness WHERE NOT passed AND rule <> 'drift'")
+    broken = query(
+        runner, "SELECT DISTINCT surface, feature, ds FROM feature_missingness WHERE NOT passed AND rule <> 'drift'"
+    )
     assert broken == [("search", "query_length", DAY[2])]
     # nothing trains on the hole
     trained = runner.run("models", DAY[3], only=("models",))
@@ -294,17 +319,28 @@ def test_a_day_that_breaks_the_contract_is_not_published_and_says_why(tmp_path, 
 def test_a_refused_rebuild_leaves_the_published_day_as_it_was(tmp_path, monkeypatch):
     runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("data", DAY[1]).success
-    before = query(runner, "SELECT count(*), sum(score_ctr) FROM joined_examples"), query(runner, "FROM feature_contract ORDER BY ALL")
+    before = (
+        query(runner, "SELECT count(*), sum(score_ctr) FROM joined_examples"),
+        query(runner, "FROM feature_contract ORDER BY ALL"),
+    )
     source = runner.site.source
     read = source.read
 
     def without_a_feature(day):
         log = read(day)
-        return type(log)(log.impressions.with_columns(device=pl.lit(None, pl.String)), log.scores, log.impressions_file, log.scores_file)
+        return type(log)(
+            log.impressions.with_columns(device=pl.lit(None, pl.String)),
+            log.scores,
+            log.impressions_file,
+            log.scores_file,
+        )
 
     monkeypatch.setattr(source, "read", without_a_feature)
     assert not runner.run("data", DAY[1], only=("impressions", "heavyweight_scores", "joined_examples")).success
-    after = query(runner, "SELECT count(*), sum(score_ctr) FROM joined_examples"), query(runner, "FROM feature_contract ORDER BY ALL")
+    after = (
+        query(runner, "SELECT count(*), sum(score_ctr) FROM joined_examples"),
+        query(runner, "FROM feature_contract ORDER BY ALL"),
+    )
     assert after == before
 
 
@@ -361,10 +397,15 @@ def test_kuairand_end_to_end(tmp_path):
     assert runner.materialized("joined_examples") == {f"2022-04-{d}" for d in (28, 29, 30)}
     trained = runner.run("models", date(2022, 4, 29), only=("models",))
     assert trained.success, show_failure(trained)
-    evaluated = runner.run("models", date(2022, 4, 30), only=("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings"))
+    evaluated = runner.run(
+        "models",
+        date(2022, 4, 30),
+        only=("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings"),
+    )
     assert evaluated.success, show_failure(evaluated)
     [(cells, slices)] = query(
-        runner, "SELECT count(*), count(DISTINCT surface || product) FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL"
+        runner,
+        "SELECT count(*), count(DISTINCT surface || product) FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL",
     )
     assert slices == 20
     assert cells == 60

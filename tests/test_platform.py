@@ -44,15 +44,43 @@ def broken(**changes):
         ({"tasks": lambda t: [t[1], t[0]]}, "tasks.0.given", "ctr"),
         ({"tasks": lambda t: [{**t[0], "products": ["shopping"]}, t[2]]}, "tasks.1", "standard"),
         ({"tasks": lambda t: [{**t[0], "weight": 0}]}, "tasks.0.weight", "0"),
-        ({"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "dense", "surfaces": ["maps"]}]}, "features.5.surfaces", "maps"),
-        ({"features": lambda f: [*f, {"name": "x", "side": "item", "kind": "dense", "products": ["video"]}]}, "features.5.products", "video"),
-        ({"features": lambda f: [*f, {"name": "x", "side": "item", "kind": "dense", "surfaces": ["feed"]}]}, "features.5", "surfaces"),
+        (
+            {"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "dense", "surfaces": ["maps"]}]},
+            "features.5.surfaces",
+            "maps",
+        ),
+        (
+            {"features": lambda f: [*f, {"name": "x", "side": "item", "kind": "dense", "products": ["video"]}]},
+            "features.5.products",
+            "video",
+        ),
+        (
+            {"features": lambda f: [*f, {"name": "x", "side": "item", "kind": "dense", "surfaces": ["feed"]}]},
+            "features.5",
+            "surfaces",
+        ),
         ({"features": lambda f: [*f, f[0]]}, "features", "age"),
-        ({"features": lambda f: [*f, {"name": "Robert'); DROP", "side": "query", "kind": "dense"}]}, "features.5.name", "DROP"),
-        ({"features": lambda f: [*f, {"name": "select", "side": "query", "kind": "dense"}]}, "features.5.name", "select"),
+        (
+            {"features": lambda f: [*f, {"name": "Robert'); DROP", "side": "query", "kind": "dense"}]},
+            "features.5.name",
+            "DROP",
+        ),
+        (
+            {"features": lambda f: [*f, {"name": "select", "side": "query", "kind": "dense"}]},
+            "features.5.name",
+            "select",
+        ),
         ({"features": lambda f: [*f, {"name": "user_id", "side": "query", "kind": "dense"}]}, "features.5", "user_id"),
-        ({"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "categorical"}]}, "features.5", "exactly one of"),
-        ({"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "dense", "buckets": 3}]}, "features.5", "buckets"),
+        (
+            {"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "categorical"}]},
+            "features.5",
+            "exactly one of",
+        ),
+        (
+            {"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "dense", "buckets": 3}]},
+            "features.5",
+            "buckets",
+        ),
         ({"features": lambda f: f[:3]}, "features", "item tower"),
         ({"surfaces": ["feed", "feed"]}, "surfaces", "feed"),
         ({"surfaces": ["feed", "se arch"]}, "surfaces", "se arch"),
@@ -64,7 +92,12 @@ def broken(**changes):
         ({"extras": {"age": "double"}}, "platform", "age"),
         ({"join": {"sample_rate": 1.5}}, "join.sample_rate", "1.5"),
         (
-            {"features": lambda f: [*f, {"name": "h", "side": "item", "kind": "dense", "history": {"by": ["item"], "of": "ctr", "days": 3}}]},
+            {
+                "features": lambda f: [
+                    *f,
+                    {"name": "h", "side": "item", "kind": "dense", "history": {"by": ["item"], "of": "ctr", "days": 3}},
+                ]
+            },
             "features.5.history.by",
             "item",
         ),
@@ -92,22 +125,32 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_slices_tasks_and_columns_are_derived():
     platform = parse_platform(MINIMAL, "toy.yaml")
-    assert platform.slices == (("feed", "standard"), ("feed", "shopping"), ("search", "standard"), ("search", "shopping"))
+    assert platform.slices == (
+        ("feed", "standard"),
+        ("feed", "shopping"),
+        ("search", "standard"),
+        ("search", "shopping"),
+    )
     assert platform.task_slices["octr"] == (("feed", "standard"), ("search", "standard"))
     words, price = (next(f for f in platform.features if f.name == n) for n in ("words", "price"))
     assert [platform.has(words, s, p) for s, p in platform.slices] == [False, False, True, True]
     assert [platform.has(price, s, p) for s, p in platform.slices] == [False, True, False, True]
     columns = tables(platform)["joined_examples"]
-    assert {"age": "FLOAT", "country": "VARCHAR", "score_octr": "DOUBLE", "outcome_gctr": "TINYINT"}.items() <= columns.items()
-    assert platform.schema.domains("item") == ("standard", "shopping")
-    assert [f.name for f in platform.schema.side("item")] == ["price", "advertiser"]
-    assert platform.schema.side("query")[1].domains == ("search",)
+    assert {
+        "age": "FLOAT",
+        "country": "VARCHAR",
+        "score_octr": "DOUBLE",
+        "outcome_gctr": "TINYINT",
+    }.items() <= columns.items()
+    assert platform.model_schema.domains("item") == ("standard", "shopping")
+    assert [f.name for f in platform.model_schema.side("item")] == ["price", "advertiser"]
+    assert platform.model_schema.side("query")[1].domains == ("search",)
 
 
 def test_the_schema_survives_json():
     import json
 
-    schema = parse_platform(MINIMAL, "toy.yaml").schema
+    schema = parse_platform(MINIMAL, "toy.yaml").model_schema
     assert type(schema).from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
 
 
@@ -122,5 +165,7 @@ def test_shipped_platforms_load(name):
     platform = shipped_platform(name)
     assert platform.name == name
     for side, domains in (("query", platform.surfaces), ("item", platform.products)):
-        keys = [f for f in platform.schema.side(side) if f.key]
-        assert all(any(d in f.domains for f in keys) for d in domains), "every domain's shallow expert needs a key feature"
+        keys = [f for f in platform.model_schema.side(side) if f.key]
+        assert all(any(d in f.domains for f in keys) for d in domains), (
+            "every domain's shallow expert needs a key feature"
+        )

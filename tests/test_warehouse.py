@@ -49,11 +49,16 @@ def test_a_day_replaces_itself_whole(warehouse):
     assert warehouse.missing("a", DAY, DAY + timedelta(2)) == [DAY + timedelta(2)]
 
 
-def test_nothing_is_seen_or_left_of_a_failed_stage(warehouse):
-    publish(warehouse, DAY, 1)
-    with pytest.raises(RuntimeError, match="halfway"), warehouse.stage("run") as stage, warehouse.connect() as con:
+def fail_halfway(warehouse):
+    with warehouse.stage("run") as stage, warehouse.connect() as con:
         stage.write(con, "a", DAY, "SELECT 2 AS x, 'n' AS name")
         raise RuntimeError("halfway")
+
+
+def test_nothing_is_seen_or_left_of_a_failed_stage(warehouse):
+    publish(warehouse, DAY, 1)
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway(warehouse)
     assert outside(warehouse, "SELECT x FROM a") == [(1,)]
     assert list(warehouse.staging.iterdir()) == []
 

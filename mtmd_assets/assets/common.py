@@ -24,7 +24,9 @@ def asset_key(platform: Platform, table: str) -> dg.AssetKey:
 def daily_partitions(platform: Platform) -> dg.DailyPartitionsDefinition:
     """The platform's days, in its own time zone, from its first day to its last (or yesterday)."""
     end = None if platform.end is None else (platform.end + timedelta(1)).isoformat()
-    return dg.DailyPartitionsDefinition(start_date=platform.start.isoformat(), end_date=end, timezone=platform.time_zone)
+    return dg.DailyPartitionsDefinition(
+        start_date=platform.start.isoformat(), end_date=end, timezone=platform.time_zone
+    )
 
 
 def preview(con: Any, query: str, rows: int = 5) -> dg.MarkdownMetadataValue:
@@ -93,7 +95,9 @@ class DayReport:
             self._checked(day, error.checks)
             for table, metadata in error.metadata.items():
                 self.context.log_event(
-                    dg.AssetMaterialization(asset_key(self.platform, table), partition=day.isoformat(), metadata=metadata)
+                    dg.AssetMaterialization(
+                        asset_key(self.platform, table), partition=day.isoformat(), metadata=metadata
+                    )
                 )
 
     def finish(self) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
@@ -136,13 +140,16 @@ def _together(results: list[tuple[date, dg.AssetCheckResult]]) -> dg.AssetCheckR
         passed=not failing,
         severity=first.severity,
         description="\n".join(f"{d}: {r.description}" for d, r in shown),
-        metadata={f"{d} {k}": v for d, r in shown for k, v in r.metadata.items()} | {"days": len(results), "failing days": len(failing)},
+        metadata={f"{d} {k}": v for d, r in shown for k, v in r.metadata.items()}
+        | {"days": len(results), "failing days": len(failing)},
     )
 
 
 def day_before(platform: Platform, table: str) -> dg.AssetDep:
     """A dependency on the day before."""
-    return dg.AssetDep(asset_key(platform, table), partition_mapping=dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1))
+    return dg.AssetDep(
+        asset_key(platform, table), partition_mapping=dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1)
+    )
 
 
 def scored_by(context: dg.AssetExecutionContext, site: Site, day: date) -> ModelRecord | None:

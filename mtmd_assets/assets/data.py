@@ -56,7 +56,9 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
                     report.fail(day, e)
                     break
                 if done is None:
-                    context.log.info(f"{day}: {', '.join(tables)} do not exist on this day; scores begin {platform.scored_from}")
+                    context.log.info(
+                        f"{day}: {', '.join(tables)} do not exist on this day; scores begin {platform.scored_from}"
+                    )
                 else:
                     report.add(day, done)
         yield from report.finish()

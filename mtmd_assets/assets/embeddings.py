@@ -24,7 +24,7 @@ TABLES = {
 def embedding_assets(site: Site) -> dg.AssetsDefinition:
     """The multi-asset that publishes both towers' embeddings of one day."""
     platform = site.platform
-    deps = [day_before(platform, "models"), asset_key(platform, "joined_examples")]
+    deps = [day_before(platform, "models"), dg.AssetDep(asset_key(platform, "joined_examples"))]
 
     @dg.multi_asset(
         name=f"{platform.name}_embeddings",
@@ -70,14 +70,24 @@ def _snapshot(site: Site, day: date, side: str) -> "tuple[pa.Table, list[str]]":
         unique = keys if side == "item" else keys[:1]
         table = distinct.order(", ".join(unique)).to_arrow_table()
         con.register("snapshot", table)
-        varying = con.execute(f"SELECT {', '.join(unique)} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1").fetchall()
+        varying = con.execute(
+            f"SELECT {', '.join(unique)} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1"
+        ).fetchall()
         if varying:
             where = " AND ".join(f"{k} = ?" for k in unique)
-            counts = con.execute(f"SELECT {', '.join(f'count(DISTINCT {f}) + max(({f} IS NULL)::INT)' for f in features)} FROM snapshot WHERE {where}", varying[0]).fetchall()
+            counts = con.execute(
+                f"SELECT {', '.join(f'count(DISTINCT {f}) + max(({f} IS NULL)::INT)' for f in features)} FROM snapshot WHERE {where}",
+                varying[0],
+            ).fetchall()
             named = [f for f, n in zip(features, counts[0], strict=True) if n > 1]
-            what = "an item's features are one snapshot a day" if side == "item" else "a request has one user, surface and set of features"
+            what = (
+                "an item's features are one snapshot a day"
+                if side == "item"
+                else "a request has one user, surface and set of features"
+            )
             raise dg.Failure(
-                f"{day}: {dict(zip(unique, varying[0], strict=True))} has several rows that differ in {named or keys}: {what}", allow_retries=False
+                f"{day}: {dict(zip(unique, varying[0], strict=True))} has several rows that differ in {named or keys}: {what}",
+                allow_retries=False,
             )
     return table, keys
 
@@ -96,12 +106,16 @@ def _long(
         part = rows.select(list(keys)).filter(pa.array(exists_N))
         offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
         part = part.append_column("embedding", pa.ListArray.from_arrays(offsets, pa.array(kept.reshape(-1))))
-        parts.append(part.append_column("task", pa.array([task] * n)).append_column("model_version", pa.array([version] * n)))
+        parts.append(
+            part.append_column("task", pa.array([task] * n)).append_column("model_version", pa.array([version] * n))
+        )
     return pa.concat_tables(parts)
 
 
 def _result(site: Site, con: "DuckDBPyConnection", table: str, day: date, version: str) -> dg.MaterializeResult:
-    counted = con.execute(f"SELECT task, count(*), any_value(len(embedding)) FROM {table} WHERE ds = ? GROUP BY task", [day]).fetchall()
+    counted = con.execute(
+        f"SELECT task, count(*), any_value(len(embedding)) FROM {table} WHERE ds = ? GROUP BY task", [day]
+    ).fetchall()
     shown = f"SELECT * REPLACE (embedding[:4] AS embedding) FROM {table} WHERE ds = '{day}'"
     return dg.MaterializeResult(
         asset_key=asset_key(site.platform, table),

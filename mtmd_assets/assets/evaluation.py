@@ -36,7 +36,7 @@ FLOOR = 1e-6
 def evaluation_assets(site: Site) -> dg.AssetsDefinition:
     """The multi-asset that evaluates one day of a platform."""
     platform = site.platform
-    deps = [day_before(platform, "models"), asset_key(platform, "joined_examples")]
+    deps = [day_before(platform, "models"), dg.AssetDep(asset_key(platform, "joined_examples"))]
 
     @dg.multi_asset(
         name=f"{platform.name}_evaluation",
@@ -56,12 +56,18 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
         with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
             rows = _rows(site, con, day)
             con.register("predicted", _predictions(model, record, rows))
-            con.execute(f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN '{record.window_start}' AND '{record.window_end}'")
+            con.execute(
+                f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN '{record.window_start}' AND '{record.window_end}'"
+            )
             con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
-            con.execute(f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})")
+            con.execute(
+                f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})"
+            )
             stage.write(con, "predictions", day, "FROM predicted")
             stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
-            stage.write_rows(con, "routing_metrics", day, [{"model_version": record.version, **row} for row in model.routing(rows)])
+            stage.write_rows(
+                con, "routing_metrics", day, [{"model_version": record.version, **row} for row in model.routing(rows)]
+            )
             stage.publish()
             yield from _results(site, con, day, record)
 
@@ -94,7 +100,9 @@ def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") ->
         for task, probability in model.predict(rows).items()
     ]
     return pl.concat(parts).with_columns(
-        pl.lit("mtmd").alias("model"), pl.lit(record.version).alias("model_version"), pl.lit(record.seed).cast(pl.Int32).alias("seed")
+        pl.lit("mtmd").alias("model"),
+        pl.lit(record.version).alias("model_version"),
+        pl.lit(record.seed).cast(pl.Int32).alias("seed"),
     )
 
 
@@ -103,23 +111,31 @@ def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRec
     key = [day, record.version]
     of_day = "ds = ? AND model_version = ?"
     cells = con.execute(
-        f"SELECT surface || ' · ' || product, task, logmae FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL", key
+        f"SELECT surface || ' · ' || product, task, logmae FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL",
+        key,
     ).fetchall()
     [(mean, rows)] = con.execute(
-        f"SELECT avg(logmae), sum(rows)::BIGINT FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL", key
+        f"SELECT avg(logmae), sum(rows)::BIGINT FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL",
+        key,
     ).fetchall()
     slices = [f"{s} · {p}" for s, p in site.platform.slices]
     shared = {"model_version": record.version, "trained through": str(record.window_end)}
     yield dg.MaterializeResult(
         asset_key=asset_key(site.platform, "predictions"),
-        metadata={**shared, "dagster/row_count": rows, "preview": preview(con, f"SELECT * FROM predictions WHERE ds = '{day}'")},
+        metadata={
+            **shared,
+            "dagster/row_count": rows,
+            "preview": preview(con, f"SELECT * FROM predictions WHERE ds = '{day}'"),
+        },
     )
     yield dg.MaterializeResult(
         asset_key=asset_key(site.platform, "slice_metrics"),
         metadata={
             **shared,
             "mean LogMAE over slice x task": mean,
-            "LogMAE": heat_map(slices, site.platform.task_names, {(s, t): v for s, t, v in cells}, f"LogMAE of mtmd on {day}"),
+            "LogMAE": heat_map(
+                slices, site.platform.task_names, {(s, t): v for s, t, v in cells}, f"LogMAE of mtmd on {day}"
+            ),
             "beside the constants": dg.MetadataValue.md(scoreboard(con, site, [day])),
         },
     )
@@ -127,6 +143,10 @@ def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRec
         asset_key=asset_key(site.platform, "routing_metrics"),
         metadata={
             **shared,
-            "mean gates": preview(con, f"PIVOT (SELECT tower, domain, task, expert, mean_gate FROM routing_metrics WHERE ds = '{day}') ON expert USING first(mean_gate)", 100),
+            "mean gates": preview(
+                con,
+                f"PIVOT (SELECT tower, domain, task, expert, mean_gate FROM routing_metrics WHERE ds = '{day}') ON expert USING first(mean_gate)",
+                100,
+            ),
         },
     )

@@ -29,7 +29,14 @@ def specs(site: Site) -> list[dg.AssetSpec]:
     """The tables of this stage."""
     deps = [asset_key(site.platform, t) for t in ("impressions", "heavyweight_scores")]
     return [
-        dg.AssetSpec(asset_key(site.platform, t), deps=deps, description=d, group_name=site.platform.name, kinds={"duckdb", "parquet"}, skippable=True)
+        dg.AssetSpec(
+            asset_key(site.platform, t),
+            deps=deps,
+            description=d,
+            group_name=site.platform.name,
+            kinds={"duckdb", "parquet"},
+            skippable=True,
+        )
         for t, d in DESCRIBED.items()
     ]
 
@@ -64,7 +71,11 @@ def publish(site: Site, day: date, run_id: str) -> Done | None:
                 stage.keep_only("feature_contract")
                 stage.publish()
                 published = {"feature_missingness": audit}
-            raise Refused(f"{len(contract.failures)} of {contract.rules} rules of the feature contract fail\n{markdown(contract, 20)}", checks, published)
+            raise Refused(
+                f"{len(contract.failures)} of {contract.rules} rules of the feature contract fail\n{markdown(contract, 20)}",
+                checks,
+                published,
+            )
         stage.publish()
         drift = check_drift(con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl())
         checks.append(drift_result(drift, key))
@@ -74,11 +85,17 @@ def publish(site: Site, day: date, run_id: str) -> Done | None:
 def _metadata(con: "DuckDBPyConnection", examples: Examples, day: date, audit: Metadata) -> dict[str, Metadata]:
     """What a person wants to see of the day."""
     of_day = f"WHERE ds = '{day}'"
-    reasons = "SELECT source, reason, count(*) AS rows FROM rejected_rows " + of_day + " GROUP BY ALL ORDER BY rows DESC"
+    reasons = (
+        "SELECT source, reason, count(*) AS rows FROM rejected_rows " + of_day + " GROUP BY ALL ORDER BY rows DESC"
+    )
     return {
         "joined_examples": {
             "dagster/row_count": examples.rows,
-            "rows by slice": preview(con, f"SELECT surface, product, count(*) AS rows, {_means(con)} FROM joined_examples {of_day} GROUP BY ALL ORDER BY ALL", 100),
+            "rows by slice": preview(
+                con,
+                f"SELECT surface, product, count(*) AS rows, {_means(con)} FROM joined_examples {of_day} GROUP BY ALL ORDER BY ALL",
+                100,
+            ),
             "preview": preview(con, f"SELECT * FROM joined_examples {of_day}"),
         },
         "rejected_rows": {

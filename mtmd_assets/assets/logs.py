@@ -16,9 +16,17 @@ def specs(site: Site) -> list[dg.AssetSpec]:
     """`impressions`, and `heavyweight_scores` where the log brings them."""
     described = {"impressions": "The impression log: keys, features as logged, outcomes; a row an impression in scope."}
     if site.platform.logs_scores:
-        described["heavyweight_scores"] = "The heavyweight ranker's scores as logged, late, doubled and invalid ones included."
+        described["heavyweight_scores"] = (
+            "The heavyweight ranker's scores as logged, late, doubled and invalid ones included."
+        )
     return [
-        dg.AssetSpec(asset_key(site.platform, t), description=d, group_name=site.platform.name, kinds={"duckdb", "parquet"}, skippable=True)
+        dg.AssetSpec(
+            asset_key(site.platform, t),
+            description=d,
+            group_name=site.platform.name,
+            kinds={"duckdb", "parquet"},
+            skippable=True,
+        )
         for t, d in described.items()
     ]
 

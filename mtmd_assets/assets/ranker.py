@@ -50,13 +50,18 @@ def train(site: Site, day: date, run_id: str) -> Done | None:
         info = ranker.train_ranker(con, platform, site.warehouse, day, _folder(site, day))
     tasks = [(t, i.rows, i.positives, i.trees, i.holdout_auc) for t, i in info.tasks.items()]
     importance = {t: sorted(i.importance.items(), key=lambda kv: -kv[1])[:10] for t, i in info.tasks.items()}
-    top = [(n + 1, *(f"{names[n][0]} {names[n][1]:.1%}" if n < len(names) else "" for names in importance.values())) for n in range(10)]
+    top = [
+        (n + 1, *(f"{names[n][0]} {names[n][1]:.1%}" if n < len(names) else "" for names in importance.values()))
+        for n in range(10)
+    ]
     return Done(
         {
             "heavyweight_ranker": {
                 "version": info.version,
                 "trained on": f"{info.first_day} to {info.last_day}",
-                "tasks": dg.MetadataValue.md(markdown_table(("task", "rows", "positives", "trees", f"AUC on {day}, held out"), tasks)),
+                "tasks": dg.MetadataValue.md(
+                    markdown_table(("task", "rows", "positives", "trees", f"AUC on {day}, held out"), tasks)
+                ),
                 "importance": dg.MetadataValue.md(markdown_table(("", *importance), top)),
             }
         }

@@ -64,16 +64,31 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
     files = {d: warehouse.path("joined_examples", d) for d in window}
     config = train_config(platform)
     hashes = {str(d): file_hash(f) for d, f in files.items()}
-    version = model_store.version_name(day, {"data": hashes, "config": config.to_dict(), "schema": platform.schema.to_dict(), "code": model_store.code_version()})
+    version = model_store.version_name(
+        day,
+        {
+            "data": hashes,
+            "config": config.to_dict(),
+            "schema": platform.model_schema.to_dict(),
+            "code": model_store.code_version(),
+        },
+    )
     *fitted, stopped_on = window
     result = train(
-        platform.schema,
+        platform.model_schema,
         [files[d] for d in fitted],
         [files[stopped_on]],
         config,
         site.models / version,
-        on_epoch=lambda e: log(f"epoch {e['epoch']}: loss {e['train_loss']:.5f}, on {stopped_on} {e['validation_loss']:.5f}, LogMAE {e['validation_logmae']:.4f}"),
-        manifest={"model_version": version, "platform": platform.name, "window": [str(d) for d in window], "code_version": model_store.code_version()},
+        on_epoch=lambda e: log(
+            f"epoch {e['epoch']}: loss {e['train_loss']:.5f}, on {stopped_on} {e['validation_loss']:.5f}, LogMAE {e['validation_logmae']:.4f}"
+        ),
+        manifest={
+            "model_version": version,
+            "platform": platform.name,
+            "window": [str(d) for d in window],
+            "code_version": model_store.code_version(),
+        },
     )
     best = result.history[result.best_epoch]
     params = result.manifest["params"]
@@ -129,11 +144,15 @@ def verify_window(site: Site, window: Sequence[date]) -> None:
     warehouse, name = site.warehouse, site.platform.name
     holes = warehouse.missing("joined_examples", window[0], window[-1])
     if holes:
-        raise Withheld(f"joined_examples has no {', '.join(map(str, holes))}: run {name}_data for these days, or see why they were refused")
+        raise Withheld(
+            f"joined_examples has no {', '.join(map(str, holes))}: run {name}_data for these days, or see why they were refused"
+        )
     wanted = list(warehouse.tables["joined_examples"].items())
     stale = [d for d in window if warehouse.columns("joined_examples", d) != wanted]
     if stale:
-        raise Withheld(f"joined_examples of {', '.join(map(str, stale))} was built under another platform file: run {name}_data for these days")
+        raise Withheld(
+            f"joined_examples of {', '.join(map(str, stale))} was built under another platform file: run {name}_data for these days"
+        )
 
 
 def train_config(platform: Platform) -> "TrainConfig":
@@ -145,7 +164,9 @@ def train_config(platform: Platform) -> "TrainConfig":
     t = platform.training
     return TrainConfig(
         model=MTMDConfig.preset(t.preset, dropout=t.dropout),
-        optimiser=OptimiserConfig(learning_rate=t.learning_rate, weight_decay=t.weight_decay, embedding_weight_decay=t.weight_decay),
+        optimiser=OptimiserConfig(
+            learning_rate=t.learning_rate, weight_decay=t.weight_decay, embedding_weight_decay=t.weight_decay
+        ),
         batch_size=t.batch_size,
         max_epochs=t.max_epochs,
         patience=t.patience,

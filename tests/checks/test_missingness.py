@@ -21,6 +21,7 @@ start: 2026-01-01
 source: {kind: adworld}
 surfaces: [home, search]
 products: [standard, shopping]
+contract: {judged_from: 1}
 drift: {days: 3, tolerance: 0.1}
 tasks: [{name: ctr}]
 features:
@@ -65,11 +66,12 @@ def measure(tmp_path):
     """Measure a frame of examples as a day's file."""
     warehouse = Warehouse(tmp_path / "toy", {"feature_contract": tables(TOY)["feature_contract"]}, settings(TOY))
 
-    def of(frame, day=START + timedelta(5)):
+    def of(frame, day=START + timedelta(5), **contract):
         path = tmp_path / "examples.parquet"
         frame.write_parquet(path)
+        platform = TOY.model_copy(update={"contract": TOY.contract.model_copy(update=contract)})
         with warehouse.connect() as con:
-            return measure_contract(con, TOY, day, path)
+            return measure_contract(con, platform, day, path)
 
     return of
 
@@ -89,6 +91,22 @@ def test_rules_follow_from_the_platform_file():
 def test_features_from_history_have_rules_once_their_look_back_is_in_the_log():
     assert not any(r.feature == "seen" for r in contract_rules(TOY, START + timedelta(1)))
     assert sum(r.feature == "seen" for r in contract_rules(TOY, START + timedelta(2))) == 4
+
+
+def test_a_slice_of_few_rows_is_not_judged_by_what_it_lacks_but_by_what_it_must_not_have(measure):
+    few = measure(examples(age=5), judged_from=11)
+    assert check_contract(few).passed
+    assert not check_contract(measure(examples(age=5), judged_from=10)).passed
+    alien = examples().with_columns(query_text=pl.lit("q"))
+    assert not check_contract(measure(alien, judged_from=11)).passed
+
+
+def test_a_slice_may_be_empty_where_the_platform_says_so(measure):
+    without = examples(TOY.slices[1:])
+    assert not check_contract(measure(without)).passed
+    allowed = measure(without, empty_slices="allow")
+    assert check_contract(allowed).passed
+    assert len(allowed) == 12, "an empty slice has no rates to report"
 
 
 def test_a_day_that_keeps_the_contract_passes(measure):

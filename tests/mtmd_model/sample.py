@@ -9,9 +9,7 @@ SURFACES, PRODUCTS = ("home", "search", "related"), ("standard", "shopping")
 EVERYWHERE = tuple((s, p) for s in SURFACES for p in PRODUCTS)
 
 
-def platform(
-    query_dense: int = 3, item_dense: int = 3, task_widths: tuple[int, ...] = (128, 32, 32, 32)
-) -> Schema:
+def platform(query_dense: int = 3, item_dense: int = 3, task_widths: tuple[int, ...] = (128, 32, 32, 32)) -> Schema:
     """ctr; gctr given ctr everywhere; octr given ctr on standard; cvr given ctr on shopping."""
     standard = tuple(s for s in EVERYWHERE if s[1] == "standard")
     shopping = tuple(s for s in EVERYWHERE if s[1] == "shopping")
@@ -35,9 +33,7 @@ def platform(
             Feature("user_id", "query", "categorical", SURFACES, buckets=100),
             *i,
             Feature("price", "item", "dense", ("shopping",), log1p=True),
-            Feature(
-                "category", "item", "categorical", PRODUCTS, width=4, vocabulary=("a", "b", "c"), key=True
-            ),
+            Feature("category", "item", "categorical", PRODUCTS, width=4, vocabulary=("a", "b", "c"), key=True),
             Feature("brand", "item", "categorical", ("shopping",), min_count=3, key=True),
             Feature("item_id", "item", "categorical", PRODUCTS, min_count=2),
         ),
@@ -72,9 +68,7 @@ def examples(rows: int, seed: int = 0, schema: Schema | None = None) -> pa.Table
     ctr = 1 / (1 + np.exp(-z))
     scores = {"ctr": ctr, "gctr": ctr * 0.5, "octr": ctr / (1 + np.exp(-signal["item"])), "cvr": ctr * 0.05}
     for task in schema.tasks:
-        exists = np.isin(
-            surface * 2 + product, [SURFACES.index(s) * 2 + PRODUCTS.index(p) for s, p in task.slices]
-        )
+        exists = np.isin(surface * 2 + product, [SURFACES.index(s) * 2 + PRODUCTS.index(p) for s, p in task.slices])
         columns[f"score_{task.name}"] = pa.array(scores[task.name], mask=~exists)
     columns["weight"] = np.where(rng.random(rows) < 0.1, 2.0, 1.0)
     return pa.table(columns)

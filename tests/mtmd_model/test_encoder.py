@@ -47,9 +47,7 @@ TWELVE = [
 
 
 @pytest.mark.parametrize("column", TWELVE, ids=lambda c: str(c.type))
-@pytest.mark.parametrize(
-    "vocabulary", [Vocabulary(("7", "12")), Vocabulary(buckets=1000)], ids=["values", "buckets"]
-)
+@pytest.mark.parametrize("vocabulary", [Vocabulary(("7", "12")), Vocabulary(buckets=1000)], ids=["values", "buckets"])
 def test_one_value_has_one_row_whatever_its_type(column: pa.Array, vocabulary: Vocabulary):
     rows = vocabulary.lookup(pa.chunked_array([column]))
     expected = vocabulary.lookup(pa.array([12, None, 5], pa.int64()))

@@ -18,9 +18,7 @@ def test_ffn_layer_is_linear_then_layer_norm_then_leaky_relu():
         ffn.linears[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         ffn.linears[0].bias.copy_(torch.tensor([0.0, 1.0]))
     # linear: (1, 5); mean 3, std 2: (-1, 1); slope 0.2 below zero
-    torch.testing.assert_close(
-        ffn(torch.tensor([[1.0, 2.0]])), torch.tensor([[-0.2, 1.0]]), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(ffn(torch.tensor([[1.0, 2.0]])), torch.tensor([[-0.2, 1.0]]), rtol=0, atol=1e-5)
 
 
 def test_ffn_has_the_paper_widths():

@@ -42,14 +42,11 @@ def test_joint_logit_is_exact_and_never_above_its_parent(a: float, b: float):
 
 def test_chain_of_any_depth_and_several_roots():
     tasks = [
-        Task(name, given, 1.0, 8, ())
-        for name, given in (("a", None), ("b", "a"), ("c", "b"), ("d", None), ("e", "d"))
+        Task(name, given, 1.0, 8, ()) for name, given in (("a", None), ("b", "a"), ("c", "b"), ("d", None), ("e", "d"))
     ]
     z = torch.randn(6, 5, dtype=torch.float64)
     p = torch.sigmoid(z)
-    expected = torch.stack(
-        [p[:, 0], p[:, 0] * p[:, 1], p[:, 0] * p[:, 1] * p[:, 2], p[:, 3], p[:, 3] * p[:, 4]], 1
-    )
+    expected = torch.stack([p[:, 0], p[:, 0] * p[:, 1], p[:, 0] * p[:, 1] * p[:, 2], p[:, 3], p[:, 3] * p[:, 4]], 1)
     torch.testing.assert_close(torch.sigmoid(joint_logits(z, tasks)), expected)
 
 
@@ -75,9 +72,7 @@ def test_kl_is_zero_at_equality(z: float):
 def test_kl_by_hand():
     # t = 1/2, p = 1/4: ln((1/2)/(1/4)) / 2 + ln((1/2)/(3/4)) / 2
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    assert kl_divergence(torch.tensor([[math.log(1 / 3)]]), torch.tensor([[0.5]])).item() == pytest.approx(
-        expected
-    )
+    assert kl_divergence(torch.tensor([[math.log(1 / 3)]]), torch.tensor([[0.5]])).item() == pytest.approx(expected)
 
 
 def test_masked_entries_have_no_value_and_no_gradient():

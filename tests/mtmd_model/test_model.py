@@ -81,9 +81,7 @@ def test_first_predictions_are_the_slices_means(encoder: Encoder):
                 w = batch.weight[rows][:, None] * exists[rows]
                 mean = (batch.labels[rows].nan_to_num() * w).sum(0) / w.sum(0)
                 predicted = torch.sigmoid(bias_only[rows][0])
-                torch.testing.assert_close(
-                    predicted[exists[rows][0]], mean[exists[rows][0]], rtol=1e-4, atol=1e-6
-                )
+                torch.testing.assert_close(predicted[exists[rows][0]], mean[exists[rows][0]], rtol=1e-4, atol=1e-6)
         difference = (model(batch) - bias_only)[exists]
         assert difference.abs().mean() < 0.5
 
@@ -294,14 +292,10 @@ def test_an_expert_without_key_features_and_a_tower_without_categories_work():
     assert model(encoder.encode(table, labels=False)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "changes", [{"norm": "post"}, {"norm": "none"}, {"cross_layers": 0}, {"dropout": 0.5}]
-)
+@pytest.mark.parametrize("changes", [{"norm": "post"}, {"norm": "none"}, {"cross_layers": 0}, {"dropout": 0.5}])
 def test_ablations_run(encoder: Encoder, changes: dict):
     model = model_of(encoder, MTMDConfig(**{**vars(TINY), **changes}))
-    assert all(
-        g is None or g.isfinite().all() for g in backward(model, encoder.encode(examples(50))).values()
-    )
+    assert all(g is None or g.isfinite().all() for g in backward(model, encoder.encode(examples(50))).values())
 
 
 def test_post_norm_comes_after_the_cross_layers(encoder: Encoder):

@@ -59,9 +59,7 @@ def test_the_best_epoch_is_kept(result: TrainResult, files: tuple[list[Path], li
     window = load(encoder, files[1])
     with torch.no_grad():
         weights = torch.tensor([t.weight for t in encoder.schema.tasks])
-        loss = kl_loss(
-            model(window).double(), window.labels.double(), window.weight.double(), weights.double()
-        )
+        loss = kl_loss(model(window).double(), window.labels.double(), window.weight.double(), weights.double())
     assert loss.item() == pytest.approx(min(validation), rel=1e-5)
 
 
@@ -103,9 +101,7 @@ def test_roundtrip_is_exact_and_free_of_pickle(result: TrainResult):
     assert json.loads(raw[8 : 8 + header])["__metadata__"]["fingerprint"] == result.manifest["fingerprint"]
 
 
-def test_the_manifest_tells_where_the_model_comes_from(
-    result: TrainResult, files: tuple[list[Path], list[Path]]
-):
+def test_the_manifest_tells_where_the_model_comes_from(result: TrainResult, files: tuple[list[Path], list[Path]]):
     m = result.manifest
     assert m["rows"] == {"train": 4000, "validation": 1000}
     assert m["code_version"] == "abc"
@@ -174,9 +170,7 @@ def test_an_empty_table_gives_empty_predictions(result: TrainResult):
 
 def test_without_validation_the_last_epoch_is_kept(files: tuple[list[Path], list[Path]], tmp_path: Path):
     seen: list[Any] = []
-    config = replace(
-        CONFIG, max_epochs=2, optimiser=OptimiserConfig(schedule="constant"), precision="bf16-mixed"
-    )
+    config = replace(CONFIG, max_epochs=2, optimiser=OptimiserConfig(schedule="constant"), precision="bf16-mixed")
     got = train(platform(), files[0], [], config, tmp_path / "v", on_epoch=seen.append)
     assert got.best_epoch == 1
     assert [entry["epoch"] for entry in seen] == [0, 1]

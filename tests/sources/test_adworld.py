@@ -199,7 +199,7 @@ def test_outcomes_follow_the_truth(outcome):
 
 
 def test_base_rates_differ():
-    rates = {k: float(v["true_ctr"].mean()) for k, v in honest().group_by("surface", "product")}  # type: ignore[arg-type]
+    rates = {k: float(v["true_ctr"].mean()) for k, v in honest().group_by("surface", "product")}
     assert all(0.005 < r < 0.08 for r in rates.values())
     assert rates["search", "shopping"] > 3 * rates["home_feed", "standard"]
 

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from kuairand_folder import EXCERPT, log_row, needs_excerpt, platform_of, write_folder
 
 from mtmd_assets.faults import BadFile, PlatformError
 from mtmd_assets.intake import take_in, write_intake
@@ -13,6 +12,7 @@ from mtmd_assets.sources import kuairand
 from mtmd_assets.sources.kuairand import Kuairand
 from mtmd_assets.tables import tables
 from mtmd_assets.warehouse import Warehouse
+from tests.sources.kuairand_folder import EXCERPT, log_row, needs_excerpt, platform_of, write_folder
 
 DAY = date(2022, 4, 25)
 LOG_FILE = "data/log_standard_4_22_to_5_08_pure.csv"
