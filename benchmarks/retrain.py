@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -70,7 +71,7 @@ def main() -> None:
         )
     rows = sum(result.manifest["rows"].values())
     # The first epoch warms up; with one epoch there is nothing else.
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)][1:] or [ends[1] - ends[0]]
+    seconds = [b - a for a, b in pairwise(ends)][1:] or [ends[1] - ends[0]]
     gpu = options.accelerator != "cpu" and torch.cuda.is_available()
     summary = {
         "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",

@@ -22,9 +22,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 ALWAYS = "adworld"
 """The platform that every home has without registration."""
 
-# Telemetry off; a few runs at once, queued by Dagster rather than by the machine; no retry of a run whose data failed.
+# Telemetry and the newcomer's dialog off; a few runs at once, queued by Dagster rather than by the machine; no retry of a run whose data failed.
 _DAGSTER_YAML = """\
 telemetry:
+  enabled: false
+nux:
   enabled: false
 concurrency:
   runs:

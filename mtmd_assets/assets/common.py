@@ -128,20 +128,25 @@ class DayReport:
 
 
 def _together(results: list[tuple[date, dg.AssetCheckResult]]) -> dg.AssetCheckResult:
-    """One check result of several days: passed if all did; the failing days' metadata, or the last day's."""
+    """One check result of several days: passed if all did; with the tables of the failing days, or of the last day."""
     if len(results) == 1:
         return results[0][1]
     first = results[0][1]
     failing = [(d, r) for d, r in results if not r.passed]
-    shown = failing or results[-1:]
+    tables = {
+        f"{day} {name}": value
+        for day, r in failing or results[-1:]
+        for name, value in r.metadata.items()
+        if isinstance(value, dg.MarkdownMetadataValue)
+    }
     return dg.AssetCheckResult(
         asset_key=first.asset_key,
         check_name=first.check_name,
         passed=not failing,
         severity=first.severity,
-        description="\n".join(f"{d}: {r.description}" for d, r in shown),
-        metadata={f"{d} {k}": v for d, r in shown for k, v in r.metadata.items()}
-        | {"days": len(results), "failing days": len(failing)},
+        description="\n\n".join(f"{d}: {r.description}" for d, r in failing)
+        or f"{results[0][0]} to {results[-1][0]}: all {len(results)} days pass",
+        metadata={"days": len(results), "failing days": len(failing), **tables},
     )
 
 

@@ -36,7 +36,7 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
     specs = [*logs.specs(site), *([] if platform.logs_scores else ranker.specs(site)), *examples.specs(site)]
 
     @dg.multi_asset(
-        name=f"{platform.name}_data",
+        name=f"{platform.name}_build_days",
         specs=specs,
         check_specs=dagster_results.check_specs(asset_key(platform, "joined_examples")),
         partitions_def=daily_partitions(platform),

@@ -27,7 +27,7 @@ def embedding_assets(site: Site) -> dg.AssetsDefinition:
     deps = [day_before(platform, "models"), dg.AssetDep(asset_key(platform, "joined_examples"))]
 
     @dg.multi_asset(
-        name=f"{platform.name}_embeddings",
+        name=f"{platform.name}_embed",
         specs=[
             dg.AssetSpec(asset_key(platform, t), deps=deps, description=d, group_name=platform.name, skippable=True)
             for t, d in TABLES.items()

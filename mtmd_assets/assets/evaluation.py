@@ -39,7 +39,7 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
     deps = [day_before(platform, "models"), dg.AssetDep(asset_key(platform, "joined_examples"))]
 
     @dg.multi_asset(
-        name=f"{platform.name}_evaluation",
+        name=f"{platform.name}_evaluate",
         specs=[
             dg.AssetSpec(asset_key(platform, t), deps=deps, description=d, group_name=platform.name, skippable=True)
             for t, d in TABLES.items()

@@ -8,7 +8,7 @@ import dagster as dg
 from checks.dagster_results import accounting_result, contract_result, drift_result
 from checks.missingness import check_contract, check_drift, markdown
 from mtmd_assets.assets.common import Done, Metadata, Refused, asset_key, preview
-from mtmd_assets.contract import measure_contract
+from mtmd_assets.contract import measure_contract, measure_drift
 from mtmd_assets.history import create_history
 from mtmd_assets.home import Site
 from mtmd_assets.join import Examples, build_examples
@@ -62,24 +62,22 @@ def publish(site: Site, day: date, run_id: str) -> Done | None:
         examples = build_examples(con, platform, warehouse, stage, day)
         measured = measure_contract(con, platform, day, stage.path("joined_examples", day))
         stage.write(con, "feature_contract", day, "FROM contract_of_day")
-        contract = check_contract(measured)
-        checks = [contract_result(contract, key), accounting_result(examples.counts, key)]
-        audit: Metadata = {"contract": dg.MetadataValue.md(markdown(contract)), "rules": contract.rules}
-        if not contract.passed:
-            published = {}
-            if not warehouse.published("joined_examples", day):
-                stage.keep_only("feature_contract")
-                stage.publish()
-                published = {"feature_missingness": audit}
-            raise Refused(
-                f"{len(contract.failures)} of {contract.rules} rules of the feature contract fail\n{markdown(contract, 20)}",
-                checks,
-                published,
-            )
-        stage.publish()
-        drift = check_drift(con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl())
-        checks.append(drift_result(drift, key))
-        return Done(_metadata(con, examples, day, {**audit, "drift": dg.MetadataValue.md(markdown(drift))}), checks)
+        contract, drift = check_contract(measured), check_drift(measure_drift(con, day))
+        checks = [contract_result(contract, key), accounting_result(examples.counts, key), drift_result(drift, key)]
+        audit: Metadata = {
+            "contract": dg.MetadataValue.md(markdown(contract)),
+            "drift": dg.MetadataValue.md(markdown(drift)),
+            "rules": contract.rules,
+        }
+        if contract.passed:
+            stage.publish()
+            return Done(_metadata(con, examples, day, audit), checks)
+        published = {}
+        if not warehouse.published("joined_examples", day):
+            stage.keep_only("feature_contract")
+            stage.publish()
+            published = {"feature_missingness": audit}
+        raise Refused(f"the feature contract is broken: {markdown(contract, 20)}", checks, published)
 
 
 def _metadata(con: "DuckDBPyConnection", examples: Examples, day: date, audit: Metadata) -> dict[str, Metadata]:
