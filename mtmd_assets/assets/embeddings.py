@@ -29,7 +29,14 @@ def embedding_assets(site: Site) -> dg.AssetsDefinition:
     @dg.multi_asset(
         name=f"{platform.name}_embed",
         specs=[
-            dg.AssetSpec(asset_key(platform, t), deps=deps, description=d, group_name=platform.name, skippable=True)
+            dg.AssetSpec(
+                asset_key(platform, t),
+                deps=deps,
+                description=d,
+                group_name=platform.name,
+                kinds={"duckdb", "parquet"},
+                skippable=True,
+            )
             for t, d in TABLES.items()
         ],
         partitions_def=daily_partitions(platform),

@@ -41,7 +41,14 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
     @dg.multi_asset(
         name=f"{platform.name}_evaluate",
         specs=[
-            dg.AssetSpec(asset_key(platform, t), deps=deps, description=d, group_name=platform.name, skippable=True)
+            dg.AssetSpec(
+                asset_key(platform, t),
+                deps=deps,
+                description=d,
+                group_name=platform.name,
+                kinds={"duckdb", "parquet"},
+                skippable=True,
+            )
             for t, d in TABLES.items()
         ],
         partitions_def=daily_partitions(platform),
