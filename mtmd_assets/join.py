@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import sql
 from mtmd_assets.faults import BadFile, Withheld
+from mtmd_assets.history import create_history
 from mtmd_assets.platform import Platform
 from mtmd_assets.warehouse import Stage, Warehouse
 
@@ -102,6 +103,23 @@ def prepare_join(
     _check_share(con, "heavyweight_scores", "score_verdicts", SCORE_FAULTS, limit, warehouse, day)
     _check_share(con, "impressions", "impression_verdicts", UNSCORED, limit, warehouse, day)
     con.execute(f"CREATE OR REPLACE TEMP VIEW joined AS {sql.text('joined_examples')}")
+
+
+def create_evaluated(con: "duckdb.DuckDBPyConnection", platform: Platform, warehouse: Warehouse, day: date) -> None:
+    """Leave the temp view `evaluated`: the day's examples, never down-sampled.
+
+    Raises:
+        Withheld: see `prepare_join`.
+    """
+    if platform.join.sample_rate == 1:
+        file = warehouse.path("joined_examples", day)
+        con.execute(f"CREATE TEMP VIEW evaluated AS FROM read_parquet('{file}', hive_partitioning = false)")
+        return
+    if platform.history_days:
+        create_history(con, platform, warehouse, day)
+    prepare_join(con, platform, warehouse, day, sample_rate=1.0)
+    columns = ", ".join(warehouse.tables["joined_examples"])
+    con.execute(f"CREATE TEMP TABLE evaluated AS SELECT {columns} FROM joined")
 
 
 def build_examples(

@@ -9,6 +9,8 @@ import dagster as dg
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import asset_key, daily_partitions, day_before, preview, scored_by
 from mtmd_assets.home import Site
+from mtmd_assets.join import create_evaluated
+from mtmd_model.schema import Side
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,9 +50,10 @@ def embedding_assets(site: Site) -> dg.AssetsDefinition:
         if record is None:
             return
         model = model_store.load(site, record)
-        items, item_keys = _snapshot(site, day, "item")
-        queries, query_keys = _snapshot(site, day, "query")
         with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
+            create_evaluated(con, platform, site.warehouse, day)
+            items, item_keys = _snapshot(site, con, day, "item")
+            queries, query_keys = _snapshot(site, con, day, "query")
             con.register("items", _long(items, item_keys, model.embed_items(items), record.version))
             con.register("queries", _long(queries, query_keys, model.embed_queries(queries), record.version))
             stage.write(con, "item_embeddings", day, "FROM items")
@@ -61,42 +64,33 @@ def embedding_assets(site: Site) -> dg.AssetsDefinition:
     return embeddings
 
 
-def _snapshot(site: Site, day: date, side: str) -> "tuple[pa.Table, list[str]]":
-    """The distinct items (or requests) of a day with their features, and the columns that name them.
+def _snapshot(site: Site, con: "DuckDBPyConnection", day: date, side: Side) -> "tuple[pa.Table, list[str]]":
+    """The distinct items (or requests) of a day with their features, and the columns to keep beside their vectors.
 
     Raises:
         dagster.Failure: if one key has two different rows, naming the key and the features that vary.
     """
-    keys = ["item_id", "product"] if side == "item" else ["request_id", "user_id", "surface"]
+    kept = ["item_id", "product"] if side == "item" else ["request_id", "user_id", "surface"]
+    key = kept if side == "item" else kept[:1]
     features = [f.name for f in site.platform.features if f.side == side]
-    with site.warehouse.connect() as con:
-        distinct = con.sql(
-            f"SELECT DISTINCT {', '.join(keys + features)} FROM read_parquet($file)",
-            params={"file": str(site.warehouse.path("joined_examples", day))},
-        )
-        unique = keys if side == "item" else keys[:1]
-        table = distinct.order(", ".join(unique)).to_arrow_table()
-        con.register("snapshot", table)
-        varying = con.execute(
-            f"SELECT {', '.join(unique)} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1"
-        ).fetchall()
-        if varying:
-            where = " AND ".join(f"{k} = ?" for k in unique)
-            counts = con.execute(
-                f"SELECT {', '.join(f'count(DISTINCT {f}) + max(({f} IS NULL)::INT)' for f in features)} FROM snapshot WHERE {where}",
-                varying[0],
-            ).fetchall()
-            named = [f for f, n in zip(features, counts[0], strict=True) if n > 1]
-            what = (
-                "an item's features are one snapshot a day"
-                if side == "item"
-                else "a request has one user, surface and set of features"
-            )
-            raise dg.Failure(
-                f"{day}: {dict(zip(unique, varying[0], strict=True))} has several rows that differ in {named or keys}: {what}",
-                allow_retries=False,
-            )
-    return table, keys
+    columns, keys = ", ".join(kept + features), ", ".join(key)
+    table = con.sql(f"SELECT DISTINCT {columns} FROM evaluated ORDER BY {keys}").to_arrow_table()
+    con.register("snapshot", table)
+    varying = con.execute(
+        f"SELECT {keys} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1"
+    ).fetchall()
+    if varying:
+        first = dict(zip(key, varying[0], strict=True))
+        values = ", ".join(f"count(DISTINCT {c}) + max(({c} IS NULL)::INT)" for c in kept + features)
+        where = " AND ".join(f"{k} = ?" for k in key)
+        [counts] = con.execute(f"SELECT {values} FROM snapshot WHERE {where}", varying[0]).fetchall()
+        differ = [c for c, n in zip(kept + features, counts, strict=True) if n > 1]
+        what = {
+            "item": "an item's features are one snapshot a day and product",
+            "query": "a request has one user, surface and set of features",
+        }
+        raise dg.Failure(f"{day}: {first} has several rows that differ in {differ}: {what[side]}", allow_retries=False)
+    return table, kept
 
 
 def _long(

@@ -9,9 +9,8 @@ import dagster as dg
 import sql
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import asset_key, daily_partitions, day_before, preview, scored_by
-from mtmd_assets.history import create_history
 from mtmd_assets.home import Site
-from mtmd_assets.join import prepare_join
+from mtmd_assets.join import create_evaluated
 from mtmd_assets.pictures import heat_map
 from mtmd_assets.scoreboard import scoreboard
 
@@ -61,7 +60,8 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
             return
         model = model_store.load(site, record)
         with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
-            rows = _rows(site, con, day)
+            create_evaluated(con, platform, site.warehouse, day)
+            rows = con.sql("FROM evaluated").to_arrow_table()
             con.register("predicted", _predictions(model, record, rows))
             con.execute(
                 f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN '{record.window_start}' AND '{record.window_end}'"
@@ -79,18 +79,6 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
             yield from _results(site, con, day, record)
 
     return evaluation
-
-
-def _rows(site: Site, con: "DuckDBPyConnection", day: date) -> "pa.Table":
-    """The day's examples, never down-sampled."""
-    import pyarrow.parquet as pq
-
-    if site.platform.join.sample_rate == 1:
-        return pq.read_table(site.warehouse.path("joined_examples", day), partitioning=None)
-    if site.platform.history_days:
-        create_history(con, site.platform, site.warehouse, day)
-    prepare_join(con, site.platform, site.warehouse, day, sample_rate=1.0)
-    return con.sql("FROM joined").to_arrow_table()
 
 
 def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "pl.DataFrame":

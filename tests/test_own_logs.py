@@ -1,0 +1,133 @@
+"""A team's own logs: a platform file and folders of Parquet, through every stage, with no code."""
+
+from datetime import date, timedelta
+
+import duckdb
+import polars as pl
+import pytest
+import yaml
+
+from mtmd_assets.home import Home
+from mtmd_assets.platform import parse_platform
+from mtmd_assets.sources.adworld import Adworld
+from tests.worlds import Runner, show_failure, small_adworld
+
+FIRST = date(2026, 1, 1)
+EVALUATED = ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings")
+DAYS = [FIRST + timedelta(n) for n in range(4)]
+
+
+def own_platform(folder, scores=True):
+    """Logs of adworld written as a team would have them: text ids, other column names, a file a day."""
+    world = parse_platform(small_adworld(folder).read_text(), "small_adworld.yaml")
+    source = Adworld(world)
+    ids = ["impression_id", "request_id", "user_id", "item_id"]
+    for day in DAYS:
+        log = source.read(day)
+        mine = log.impressions.with_columns(pl.col(ids).cast(pl.String)).rename({"item_id": "ad", "ts": "shown_at"})
+        path = folder / "impressions" / f"ds={day}" / "part-0.parquet"
+        path.parent.mkdir(parents=True)
+        mine.with_columns(internal_note=pl.lit("not ours")).write_parquet(path)
+        if scores:
+            path = folder / "scores" / f"{day}.parquet"
+            path.parent.mkdir(exist_ok=True)
+            assert log.scores is not None
+            log.scores.with_columns(pl.col("impression_id").cast(pl.String)).write_parquet(path)
+    content = yaml.safe_load(small_adworld(folder).read_text())
+    content.update(name="ours", id_type="text")
+    content["source"] = {
+        "kind": "parquet",
+        "impressions": str(folder / "impressions"),
+        "columns": {"item_id": "ad", "ts": "shown_at"},
+    }
+    content["training"] = {"window_days": 2, "max_epochs": 1, "accelerator": "cpu"}
+    if scores:
+        content["source"]["heavyweight_scores"] = str(folder / "scores")
+    else:
+        content["ranker"] = {"train_days": 1, "trees": 20}
+        content["end"] = str(DAYS[-1])
+    file = folder / "ours.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.parametrize("scores", [True, False], ids=["with their scores", "scored by the built-in ranker"])
+def test_own_logs_through_every_stage(tmp_path, scores):
+    runner = Runner(Home(tmp_path / "home").register(str(own_platform(tmp_path, scores))))
+    built = runner.run("data", DAYS[0], DAYS[-1])
+    assert built.success, show_failure(built)
+    scored_from = DAYS[0] if scores else DAYS[1]
+    assert runner.site.warehouse.days("joined_examples") == [d for d in DAYS if d >= scored_from]
+    trained = runner.run("models", DAYS[2], only=("models",))
+    assert trained.success, show_failure(trained)
+    evaluated = runner.run("models", DAYS[3], only=EVALUATED)
+    assert evaluated.success, show_failure(evaluated)
+    with duckdb.connect(str(runner.site.warehouse.database), read_only=True) as con:
+        [(cells, rows)] = con.execute(
+            "SELECT count(*), sum(rows) FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL"
+        ).fetchall()
+        [(kind,)] = con.execute("SELECT DISTINCT typeof(impression_id) FROM joined_examples").fetchall()
+        versions = con.execute("SELECT DISTINCT ranker_version FROM joined_examples").fetchall()
+    assert cells == 18
+    assert rows > 3 * 4_000
+    assert kind == "VARCHAR"
+    assert (versions == [("hw-1",)]) == scores
+
+
+def test_a_truncated_file_refuses_its_day_only(tmp_path):
+    runner = Runner(Home(tmp_path / "home").register(str(own_platform(tmp_path))))
+    broken = tmp_path / "impressions" / f"ds={DAYS[1]}" / "part-0.parquet"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    result = runner.run("data", DAYS[0], DAYS[2])
+    assert not result.success
+    said = show_failure(result)
+    assert str(broken) in said
+    assert str(DAYS[1]) in said
+    assert runner.site.warehouse.days("impressions") == [DAYS[0], DAYS[2]]
+    assert runner.materialized("joined_examples") == {str(DAYS[0]), str(DAYS[2])}
+
+
+def test_down_sampling_weighs_training_and_spares_evaluation(tmp_path):
+    file = own_platform(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    content["join"] = {"sample_rate": 0.5}
+    file.write_text(yaml.safe_dump(content))
+    runner = Runner(Home(tmp_path / "home").register(str(file)))
+    assert runner.run("data", DAYS[0], DAYS[2]).success
+    assert runner.run("models", DAYS[1], only=("models",)).success
+    evaluated = runner.run("models", DAYS[2], only=EVALUATED)
+    assert evaluated.success, show_failure(evaluated)
+    with duckdb.connect(str(runner.site.warehouse.database), read_only=True) as con:
+        [(kept, weights)] = con.execute(
+            "SELECT count(*), list(DISTINCT weight) FROM joined_examples WHERE ds = ?", [DAYS[2]]
+        ).fetchall()
+        [(left_out,)] = con.execute(
+            "SELECT count(*) FROM rejected_rows WHERE ds = ? AND reason = 'sampled_out'", [DAYS[2]]
+        ).fetchall()
+        [(predicted,)] = con.execute(
+            "SELECT count(*) FROM predictions WHERE ds = ? AND task = 'ctr'", [DAYS[2]]
+        ).fetchall()
+        [(requests, embedded)] = con.execute(
+            """SELECT (SELECT count(DISTINCT request_id) FROM impressions WHERE ds = $day AND impression_id IN
+                (SELECT impression_id FROM predictions)),
+                (SELECT count(*) FROM query_embeddings WHERE ds = $day AND task = 'ctr')""",
+            {"day": DAYS[2]},
+        ).fetchall()
+    assert weights == [2.0]
+    assert 0.45 < kept / (kept + left_out) < 0.55
+    assert predicted == kept + left_out
+    assert embedded == requests
+
+
+def test_features_that_vary_within_an_item_are_refused_by_name(tmp_path):
+    file = own_platform(tmp_path)
+    for day in DAYS:
+        path = tmp_path / "impressions" / f"ds={day}" / "part-0.parquet"
+        row = pl.int_range(pl.len())
+        pl.read_parquet(path).with_columns(ad_age_days=row.cast(pl.Float32)).write_parquet(path)
+    runner = Runner(Home(tmp_path / "home").register(str(file)))
+    assert runner.run("data", DAYS[0], DAYS[2]).success
+    assert runner.run("models", DAYS[1], only=("models",)).success
+    result = runner.run("models", DAYS[2], only=("item_embeddings", "query_embeddings"))
+    assert not result.success
+    assert "differ in ['ad_age_days']" in show_failure(result)
