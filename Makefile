@@ -1,6 +1,7 @@
 # Everything is self-sufficient on a fresh clone with Python 3.11+ and make.
 PYTHON ?= python3
 PLATFORM ?= adworld
+export Q
 BIN := .venv/bin
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
@@ -22,7 +23,7 @@ ui: .venv/ready ## The Dagster UI on http://localhost:3000
 	@$(BIN)/mtmd ui
 
 sql: .venv/ready ## A DuckDB prompt on the tables, or one query: make sql Q="FROM slice_metrics"
-	@$(BIN)/mtmd sql --platform $(PLATFORM) $(if $(Q),"$(Q)")
+	@$(BIN)/mtmd sql --platform $(PLATFORM) $(if $(Q),"$$Q")
 
 scoreboard: .venv/ready ## LogMAE by slice and task
 	@$(BIN)/mtmd scoreboard --platform $(PLATFORM)

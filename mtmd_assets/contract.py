@@ -43,7 +43,7 @@ def measure_contract(con: "duckdb.DuckDBPyConnection", platform: Platform, day: 
     con.register("contract", pl.DataFrame(rules))
     # Only the contract's columns, so that counting them all in one scan reads nothing else.
     columns = ", ".join(["surface", "product", *features])
-    source = f"read_parquet('{examples}', hive_partitioning = false)"
+    source = f"read_parquet({sql.quoted(examples)}, hive_partitioning = false)"
     con.execute(f"CREATE OR REPLACE TEMP VIEW examples_of_day AS SELECT {columns} FROM {source}")
     judged = {"judged_from": platform.contract.judged_from, "empty_allowed": platform.contract.empty_slices == "allow"}
     con.execute(f"CREATE OR REPLACE TEMP TABLE contract_of_day AS {sql.text('feature_contract')}", judged)

@@ -89,7 +89,7 @@ def prepare_join(
             raise Withheld(f"{table} of {day} is not published: build the logs of that day first")
         con.execute(
             f"""CREATE OR REPLACE TEMP VIEW {view} AS SELECT * RENAME (file_row_number AS line)
-            FROM read_parquet('{warehouse.path(table, day)}', file_row_number = true, hive_partitioning = false)"""
+            FROM read_parquet({sql.quoted(warehouse.path(table, day))}, file_row_number = true, hive_partitioning = false)"""
         )
     _create_slice_tasks(con, platform)
     # Materialised: it is read once for each time `joined` is.
@@ -113,7 +113,7 @@ def create_evaluated(con: "duckdb.DuckDBPyConnection", platform: Platform, wareh
     """
     if platform.join.sample_rate == 1:
         file = warehouse.path("joined_examples", day)
-        con.execute(f"CREATE TEMP VIEW evaluated AS FROM read_parquet('{file}', hive_partitioning = false)")
+        con.execute(f"CREATE TEMP VIEW evaluated AS FROM read_parquet({sql.quoted(file)}, hive_partitioning = false)")
         return
     if platform.history_days:
         create_history(con, platform, warehouse, day)
@@ -144,7 +144,9 @@ def build_examples(
         "rejected_of_day": stage.write(con, "rejected_rows", day, sql.text("rejected_rows")),
     }
     for view, path in written.items():
-        con.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS FROM read_parquet('{path}', hive_partitioning = false)")
+        con.execute(
+            f"CREATE OR REPLACE TEMP VIEW {view} AS FROM read_parquet({sql.quoted(path)}, hive_partitioning = false)"
+        )
     con.execute(f"CREATE OR REPLACE TEMP TABLE row_counts_of_day AS {sql.text('row_counts')}")
     stage.write(con, "row_counts", day, "FROM row_counts_of_day")
     counts = check_accounting(con)

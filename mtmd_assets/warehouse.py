@@ -5,6 +5,7 @@ views and macros, and no step of the pipeline holds it open, so any number of ru
 number of people query.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -102,6 +103,8 @@ class Warehouse:
             ) from e
         self._sweep()
         changed = [t for t in self.tables if self._create_table(t)]
+        for table in self.tables:
+            self._mark_mixed(table, table in changed)
         stamp = self.folder / "views.sql"
         if changed or not self.database.exists() or not stamp.exists() or stamp.read_text() != self._views():
             self._create_views(stamp)
@@ -116,29 +119,43 @@ class Warehouse:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._draft()
         with _connect() as con:
-            con.execute(f"COPY ({wanted}) TO '{draft}' {_COPY}")
+            con.execute(f"COPY ({wanted}) TO {sql.quoted(draft)} {_COPY}")
         os.replace(draft, path)
         draft.write_text(wanted)
         os.replace(draft, stamp)
         return True
 
+    def _mark_mixed(self, table: str, changed: bool) -> None:
+        """Keep a mark beside a table some of whose days have other columns: built before the platform file changed."""
+        mark, wanted = self.lake / table / "mixed", list(self.tables[table].items())
+        if changed or mark.exists():
+            if any(self.columns(table, d) != wanted for d in self.days(table)):
+                mark.touch()
+            else:
+                mark.unlink(missing_ok=True)
+
     def _views(self) -> str:
         """Statements that define a view a table, and the macros."""
-        statements = [
-            f"""CREATE OR REPLACE VIEW {table} AS SELECT {", ".join(columns)}, ds
-                FROM read_parquet('{self.lake}/{table}/ds=*/data.parquet', hive_partitioning = true, hive_types = {{'ds': DATE}});"""
-            for table, columns in self.tables.items()
-        ]
+        statements = [self._view(table, columns) for table, columns in self.tables.items()]
         settings = [f"CREATE OR REPLACE MACRO {name}() AS {value};" for name, value in self.settings.items()]
         derived = [sql.text(view) for view, table in DERIVED_VIEWS.items() if table in self.tables and self.settings]
         return "\n".join([*statements, sql.text("macros"), *settings, *derived])
+
+    def _view(self, table: str, columns: Columns) -> str:
+        """The view of a table; in days built before a column was added it is null. That makes reading slower."""
+        mixed = (self.lake / table / "mixed").exists()
+        selected = (f"TRY_CAST({c} AS {t}) AS {c}" for c, t in columns.items()) if mixed else columns
+        files = sql.quoted(self.lake / table / "ds=*" / "data.parquet")
+        by_name = ", union_by_name = true" if mixed else ""
+        return f"""CREATE OR REPLACE VIEW {table} AS SELECT {", ".join(selected)}, ds
+            FROM read_parquet({files}, hive_partitioning = true, hive_types = {{'ds': DATE}}{by_name});"""
 
     def _create_views(self, stamp: Path) -> None:
         """Build `mtmd.duckdb` beside the old one and swap it whole, so that readers keep their snapshot."""
         draft = self._draft()
         with _connect() as con:
             # An old storage version, so that older DuckDB shells read it.
-            con.execute(f"ATTACH '{draft}' AS views (STORAGE_VERSION 'v1.2.0'); USE views;")
+            con.execute(f"ATTACH {sql.quoted(draft)} AS views (STORAGE_VERSION 'v1.2.0'); USE views;")
             con.execute(self._views())
             con.execute("USE memory; DETACH views;")
         os.replace(draft, self.database)
@@ -164,9 +181,8 @@ class Warehouse:
 
     def _sweep(self) -> None:
         """Finish what a killed run had begun to publish; remove what dead runs of this machine left behind."""
-        for draft in self.staging.iterdir():
-            host, pid, *_ = draft.name.split("~")
-            if host != socket.gethostname() or _alive(int(pid)):
+        for draft in self.staging.glob(f"{glob.escape(socket.gethostname())}~*~*~*"):
+            if _alive(int(draft.name.split("~")[1])):
                 continue
             if draft.is_dir():
                 Stage(self, draft).finish()
@@ -193,7 +209,7 @@ class Stage:
         """
         columns = ", ".join(f"{c}::{t} AS {c}" for c, t in self.warehouse.tables[table].items())
         path = self.path(table, day)
-        con.execute(f"COPY (SELECT {columns} FROM ({query})) TO '{path}' {_COPY}", parameters)
+        con.execute(f"COPY (SELECT {columns} FROM ({query})) TO {sql.quoted(path)} {_COPY}", parameters)
         return path
 
     def write_rows(self, con: "DuckDBPyConnection", table: str, day: date, rows: list[dict[str, Any]]) -> Path:

@@ -137,11 +137,30 @@ def test_readers_and_writers_never_meet(warehouse):
     assert len(warehouse.days("a")) == 3
 
 
-def test_a_new_column_rebuilds_the_views(warehouse, tmp_path):
-    warehouse.create()
-    wider = Warehouse(tmp_path / "toy", {**TABLES, "b": {"x": "BIGINT", "y": "DOUBLE"}})
+def test_a_new_column_is_null_in_days_built_before_it(warehouse):
+    publish(warehouse, DAY, 1)
+    wider = Warehouse(warehouse.folder, {"a": {"y": "DOUBLE", **TABLES["a"]}, "b": TABLES["b"]})
     wider.create()
-    assert outside(wider, "SELECT column_name FROM (DESCRIBE b)") == [("x",), ("y",), ("ds",)]
+    assert outside(wider, "SELECT x, y FROM a") == [(1, None)]
+    later = DAY + timedelta(1)
+    with wider.stage() as stage, wider.connect() as con:
+        stage.write(con, "a", later, "SELECT 2 AS x, 'n' AS name, 0.5 AS y")
+        stage.publish()
+    assert outside(wider, "SELECT x, y FROM a ORDER BY ds") == [(1, None), (2, 0.5)]
+    assert "union_by_name" in (wider.folder / "views.sql").read_text()
+    # once every day has the new columns, reading is as fast as before
+    with wider.stage() as stage, wider.connect() as con:
+        stage.write(con, "a", DAY, "SELECT 1 AS x, 'n' AS name, 0.25 AS y")
+        stage.publish()
+    wider.create()
+    assert outside(wider, "SELECT x, y FROM a ORDER BY ds") == [(1, 0.25), (2, 0.5)]
+    assert "union_by_name" not in (wider.folder / "views.sql").read_text()
+
+
+def test_a_home_may_have_an_apostrophe(tmp_path):
+    warehouse = Warehouse(tmp_path / "ann's home", TABLES)
+    publish(warehouse, DAY, 1)
+    assert outside(warehouse, "SELECT x FROM a") == [(1,)]
 
 
 def test_a_home_that_cannot_be_written_is_named(tmp_path):
