@@ -3,6 +3,7 @@
 A `BadFile` refuses a day; a bad row never raises: it is counted and kept (see `rejected_rows`).
 """
 
+from collections.abc import Sequence
 from datetime import date
 
 
@@ -22,3 +23,8 @@ class BadFile(ValueError):
 
 class Withheld(RuntimeError):
     """A day cannot be built yet: something it depends on is not published. The message says what to build."""
+
+    def __init__(self, message: str, days: Sequence[date] = ()):
+        """`days`: the days that must be built first, where it is a matter of days."""
+        super().__init__(message)
+        self.days = tuple(days)

@@ -67,7 +67,8 @@ def require_days(platform: Platform, warehouse: Warehouse, first: date, last: da
     if missing:
         days = ", ".join(d.isoformat() for d in missing)
         raise Withheld(
-            f"{platform.name}: {wanted_by} needs the impressions of {days}: build the asset impressions there first"
+            f"{platform.name}: {wanted_by} needs the impressions of {days}: build the asset impressions there first",
+            missing,
         )
 
 

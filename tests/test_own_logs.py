@@ -1,7 +1,12 @@
 """A team's own logs: a platform file and folders of Parquet, through every stage, with no code."""
 
+import os
+import subprocess
+import sys
+import time
 from datetime import date, timedelta
 
+import dagster as dg
 import duckdb
 import polars as pl
 import pytest
@@ -131,3 +136,30 @@ def test_features_that_vary_within_an_item_are_refused_by_name(tmp_path):
     result = runner.run("models", DAYS[2], only=("item_embeddings", "query_embeddings"))
     assert not result.success
     assert "differ in ['ad_age_days']" in show_failure(result)
+
+
+def test_a_backfill_waits_for_days_that_another_one_is_building(tmp_path, monkeypatch):
+    """The days 3 and 4 need the ranker that the backfill of the days 1 and 2 trains."""
+    home = Home(tmp_path / "home")
+    site = home.register(str(own_platform(tmp_path, scores=False)))
+    environment = {**os.environ, "MTMD_HOME": str(home.root)}
+    monkeypatch.setenv("DAGSTER_HOME", "")  # restored afterwards
+    home.prepare_dagster()
+    command = [sys.executable, "-m", "mtmd_assets.cli", "backfill", "--platform", "ours"]
+    log = (tmp_path / "log").open("w+")
+    first = subprocess.Popen([*command, str(DAYS[0]), str(DAYS[1])], env=environment, stdout=log, stderr=log)
+    with dg.DagsterInstance.get() as instance:
+        while first.poll() is None and not instance.get_runs():
+            time.sleep(0.05)
+    second = subprocess.Popen([*command, str(DAYS[2]), str(DAYS[3])], env=environment, stdout=log, stderr=log)
+    codes = [first.wait(timeout=120), second.wait(timeout=120)]
+    log.seek(0)
+    assert codes == [0, 0], log.read()
+    assert site.warehouse.days("joined_examples") == DAYS[1:]
+
+
+def test_a_backfill_does_not_wait_for_days_that_nobody_builds(tmp_path):
+    runner = Runner(Home(tmp_path / "home").register(str(own_platform(tmp_path, scores=False))))
+    result = runner.run("data", DAYS[2])
+    assert not result.success
+    assert "build the ranker first" in show_failure(result)

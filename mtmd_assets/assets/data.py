@@ -6,12 +6,14 @@ the run go on through every stage.
 
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 
 import dagster as dg
 
 from checks import dagster_results
 from mtmd_assets.assets import examples, logs, ranker
 from mtmd_assets.assets.common import DayReport, Done, Refused, asset_key, daily_partitions
+from mtmd_assets.assets.waiting import waiting
 from mtmd_assets.faults import BadFile, Withheld
 from mtmd_assets.home import Site
 
@@ -51,7 +53,7 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
                 if not report.selected(tables):
                     continue
                 try:
-                    done = stage(site, day, context.run.run_id)
+                    done = waiting(context, platform, partial(stage, site, day, context.run.run_id))
                 except (BadFile, Withheld, Refused) as e:
                     report.fail(day, e)
                     break

@@ -7,6 +7,7 @@ import dagster as dg
 
 from mtmd_assets import ranker
 from mtmd_assets.assets.common import Done, asset_key, preview
+from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
 
@@ -79,7 +80,10 @@ def score(site: Site, day: date, run_id: str) -> Done | None:
         return None
     last_day = ranker.ranker_day(platform, day)
     with site.warehouse.stage(run_id) as stage, site.warehouse.connect() as con:
-        scores = ranker.score_day(con, platform, site.warehouse, day, _folder(site, last_day))
+        try:
+            scores = ranker.score_day(con, platform, site.warehouse, day, _folder(site, last_day))
+        except Withheld as e:
+            raise Withheld(str(e), e.days or [last_day]) from e
         con.register("scores", scores)
         stage.write(con, "heavyweight_scores", day, "FROM scores")
         stage.publish()
