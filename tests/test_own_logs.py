@@ -162,4 +162,4 @@ def test_a_backfill_does_not_wait_for_days_that_nobody_builds(tmp_path):
     runner = Runner(Home(tmp_path / "home").register(str(own_platform(tmp_path, scores=False))))
     result = runner.run("data", DAYS[2])
     assert not result.success
-    assert "build the ranker first" in show_failure(result)
+    assert "run ours_data for these days first" in show_failure(result)

@@ -7,10 +7,6 @@ from typing import Any
 
 import dagster as dg
 
-from mtmd_assets import model_store
-from mtmd_assets.faults import Withheld
-from mtmd_assets.home import Site
-from mtmd_assets.model_store import ModelRecord
 from mtmd_assets.platform import Platform
 
 Metadata = dict[str, Any]
@@ -148,28 +144,3 @@ def _together(results: list[tuple[date, dg.AssetCheckResult]]) -> dg.AssetCheckR
         or f"{results[0][0]} to {results[-1][0]}: all {len(results)} days pass",
         metadata={"days": len(results), "failing days": len(failing), **tables},
     )
-
-
-def day_before(platform: Platform, table: str) -> dg.AssetDep:
-    """A dependency on the day before."""
-    return dg.AssetDep(
-        asset_key(platform, table), partition_mapping=dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1)
-    )
-
-
-def scored_by(context: dg.AssetExecutionContext, site: Site, day: date) -> ModelRecord | None:
-    """The model that scores `day`: the one trained through the day before; None where none can exist yet.
-
-    Raises:
-        dagster.Failure: if the model or the day's examples are not published.
-    """
-    first = site.platform.first_window_end + timedelta(1)
-    if day < first:
-        context.log.info(f"{day}: nothing to do, the first model can score {first}")
-        return None
-    try:
-        if not site.warehouse.published("joined_examples", day):
-            raise Withheld(f"joined_examples of {day} is not published: run {site.platform.name}_data for it")
-        return model_store.trained_on(site, day - timedelta(1))
-    except Withheld as e:
-        raise dg.Failure(str(e), allow_retries=False) from e

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from mtmd_assets import model_store
-from mtmd_assets.assets.common import asset_key, daily_partitions, day_before, preview, scored_by
+from mtmd_assets.assets.common import asset_key, preview
+from mtmd_assets.assets.scored_day import ScoredDay, scored_day_assets
 from mtmd_assets.home import Site
-from mtmd_assets.join import create_evaluated
 from mtmd_model.schema import Side
 
 if TYPE_CHECKING:
@@ -25,43 +24,20 @@ TABLES = {
 
 def embedding_assets(site: Site) -> dg.AssetsDefinition:
     """The multi-asset that publishes both towers' embeddings of one day."""
-    platform = site.platform
-    deps = [day_before(platform, "models"), dg.AssetDep(asset_key(platform, "joined_examples"))]
+    return scored_day_assets(site, "embed", TABLES, _embed)
 
-    @dg.multi_asset(
-        name=f"{platform.name}_embed",
-        specs=[
-            dg.AssetSpec(
-                asset_key(platform, t),
-                deps=deps,
-                description=d,
-                group_name=platform.name,
-                kinds={"duckdb", "parquet"},
-                skippable=True,
-            )
-            for t, d in TABLES.items()
-        ],
-        partitions_def=daily_partitions(platform),
-        backfill_policy=dg.BackfillPolicy.multi_run(1),
-    )
-    def embeddings(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
-        day = date.fromisoformat(context.partition_key)
-        record = scored_by(context, site, day)
-        if record is None:
-            return
-        model = model_store.load(site, record)
-        with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
-            create_evaluated(con, platform, site.warehouse, day)
-            items, item_keys = _snapshot(site, con, day, "item")
-            queries, query_keys = _snapshot(site, con, day, "query")
-            con.register("items", _long(items, item_keys, model.embed_items(items), record.version))
-            con.register("queries", _long(queries, query_keys, model.embed_queries(queries), record.version))
-            stage.write(con, "item_embeddings", day, "FROM items")
-            stage.write(con, "query_embeddings", day, "FROM queries")
-            stage.publish()
-            yield from (_result(site, con, table, day, record.version) for table in TABLES)
 
-    return embeddings
+def _embed(scored: ScoredDay) -> Iterator[dg.MaterializeResult]:
+    con, stage, day, version = scored.con, scored.stage, scored.day, scored.record.version
+    items, item_keys = _snapshot(scored.site, con, day, "item")
+    queries, query_keys = _snapshot(scored.site, con, day, "query")
+    con.register("items", _long(items, item_keys, scored.model.embed_items(items), version))
+    con.register("queries", _long(queries, query_keys, scored.model.embed_queries(queries), version))
+    stage.write(con, "item_embeddings", day, "FROM items")
+    stage.write(con, "query_embeddings", day, "FROM queries")
+    stage.publish()
+    for table in TABLES:
+        yield _result(scored.site, con, table, day, version)
 
 
 def _snapshot(site: Site, con: "DuckDBPyConnection", day: date, side: Side) -> "tuple[pa.Table, list[str]]":

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 import sql
-from mtmd_assets import model_store
-from mtmd_assets.assets.common import asset_key, daily_partitions, day_before, preview, scored_by
+from mtmd_assets.assets.common import asset_key, preview
+from mtmd_assets.assets.scored_day import ScoredDay, scored_day_assets
 from mtmd_assets.home import Site
-from mtmd_assets.join import create_evaluated
 from mtmd_assets.pictures import heat_map
 from mtmd_assets.scoreboard import scoreboard
 
@@ -34,51 +33,23 @@ FLOOR = 1e-6
 
 def evaluation_assets(site: Site) -> dg.AssetsDefinition:
     """The multi-asset that evaluates one day of a platform."""
-    platform = site.platform
-    deps = [day_before(platform, "models"), dg.AssetDep(asset_key(platform, "joined_examples"))]
+    return scored_day_assets(site, "evaluate", TABLES, _evaluate)
 
-    @dg.multi_asset(
-        name=f"{platform.name}_evaluate",
-        specs=[
-            dg.AssetSpec(
-                asset_key(platform, t),
-                deps=deps,
-                description=d,
-                group_name=platform.name,
-                kinds={"duckdb", "parquet"},
-                skippable=True,
-            )
-            for t, d in TABLES.items()
-        ],
-        partitions_def=daily_partitions(platform),
-        backfill_policy=dg.BackfillPolicy.multi_run(1),
-    )
-    def evaluation(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
-        day = date.fromisoformat(context.partition_key)
-        record = scored_by(context, site, day)
-        if record is None:
-            return
-        model = model_store.load(site, record)
-        with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
-            create_evaluated(con, platform, site.warehouse, day)
-            rows = con.sql("FROM evaluated").to_arrow_table()
-            con.register("predicted", _predictions(model, record, rows))
-            con.execute(
-                f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE ds BETWEEN '{record.window_start}' AND '{record.window_end}'"
-            )
-            con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
-            con.execute(
-                f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})"
-            )
-            stage.write(con, "predictions", day, "FROM predicted")
-            stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
-            stage.write_rows(
-                con, "routing_metrics", day, [{"model_version": record.version, **row} for row in model.routing(rows)]
-            )
-            stage.publish()
-            yield from _results(site, con, day, record)
 
-    return evaluation
+def _evaluate(scored: ScoredDay) -> Iterator[dg.MaterializeResult]:
+    con, stage, day, record = scored.con, scored.stage, scored.day, scored.record
+    rows = con.sql("FROM evaluated").to_arrow_table()
+    con.register("predicted", _predictions(scored.model, record, rows))
+    window = f"ds BETWEEN '{record.window_start}' AND '{record.window_end}'"
+    con.execute(f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE {window}")
+    con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
+    con.execute(f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})")
+    routing = [{"model_version": record.version, **row} for row in scored.model.routing(rows)]
+    stage.write(con, "predictions", day, "FROM predicted")
+    stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
+    stage.write_rows(con, "routing_metrics", day, routing)
+    stage.publish()
+    yield from _results(scored.site, con, day, record)
 
 
 def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "pl.DataFrame":

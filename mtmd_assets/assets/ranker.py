@@ -79,11 +79,14 @@ def score(site: Site, day: date, run_id: str) -> Done | None:
     if day < platform.scored_from:
         return None
     last_day = ranker.ranker_day(platform, day)
+    folder = _folder(site, last_day)
+    if not (folder / "manifest.json").is_file():
+        trained = ", ".join(map(str, ranker.training_days(platform, last_day)))
+        raise Withheld(
+            f"scores need the ranker of {trained}: run {platform.name}_data for these days first", [last_day]
+        )
     with site.warehouse.stage(run_id) as stage, site.warehouse.connect() as con:
-        try:
-            scores = ranker.score_day(con, platform, site.warehouse, day, _folder(site, last_day))
-        except Withheld as e:
-            raise Withheld(str(e), e.days or [last_day]) from e
+        scores = ranker.score_day(con, platform, site.warehouse, day, folder)
         con.register("scores", scores)
         stage.write(con, "heavyweight_scores", day, "FROM scores")
         stage.publish()

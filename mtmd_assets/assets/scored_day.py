@@ -1,0 +1,97 @@
+"""Assets of a day that is scored by the model trained through the day before: what evaluation and embeddings share."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from mtmd_assets import model_store
+from mtmd_assets.assets.common import asset_key, daily_partitions
+from mtmd_assets.faults import Withheld
+from mtmd_assets.home import Site
+from mtmd_assets.join import create_evaluated
+from mtmd_assets.model_store import ModelRecord
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+    from mtmd_assets.warehouse import Stage
+    from mtmd_model.predict import Predictor
+
+
+@dataclass(frozen=True)
+class ScoredDay:
+    """A day, the model that scores it, and where to read and write."""
+
+    site: Site
+    day: date
+    record: ModelRecord
+    model: "Predictor"
+    con: "DuckDBPyConnection"
+    """Sees the published tables, and `evaluated`: the day's examples, never down-sampled."""
+    stage: "Stage"
+
+
+def scored_day_assets(
+    site: Site, name: str, tables: Mapping[str, str], build: Callable[[ScoredDay], Iterator[dg.MaterializeResult]]
+) -> dg.AssetsDefinition:
+    """The multi-asset that `build`s some tables of a scored day.
+
+    Args:
+        site: whose.
+        name: of the step.
+        tables: table -> description.
+        build: writes to the stage, publishes it and yields a result a table.
+    """
+    platform = site.platform
+    day_before = dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1)
+    deps = [
+        dg.AssetDep(asset_key(platform, "models"), partition_mapping=day_before),
+        dg.AssetDep(asset_key(platform, "joined_examples")),
+    ]
+
+    @dg.multi_asset(
+        name=f"{platform.name}_{name}",
+        specs=[
+            dg.AssetSpec(
+                asset_key(platform, table),
+                deps=deps,
+                description=description,
+                group_name=platform.name,
+                kinds={"duckdb", "parquet"},
+                skippable=True,
+            )
+            for table, description in tables.items()
+        ],
+        partitions_def=daily_partitions(platform),
+        backfill_policy=dg.BackfillPolicy.multi_run(1),
+    )
+    def scored_day(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        day = date.fromisoformat(context.partition_key)
+        first = platform.first_window_end + timedelta(1)
+        if day < first:
+            context.log.info(f"{day}: nothing to do, the first model can score {first}")
+            return
+        try:
+            record, model = _model_of(site, day)
+        except Withheld as e:
+            raise dg.Failure(str(e), allow_retries=False) from e
+        with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
+            create_evaluated(con, platform, site.warehouse, day)
+            yield from build(ScoredDay(site, day, record, model, con, stage))
+
+    return scored_day
+
+
+def _model_of(site: Site, day: date) -> "tuple[ModelRecord, Predictor]":
+    """The model trained through the day before.
+
+    Raises:
+        Withheld: if it, or the day's examples, is not there.
+    """
+    if not site.warehouse.published("joined_examples", day):
+        raise Withheld(f"joined_examples of {day} is not published: run {site.platform.name}_data for it")
+    record = model_store.trained_on(site, day - timedelta(1))
+    return record, model_store.load(site, record)
