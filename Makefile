@@ -11,8 +11,8 @@ DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 demo: .venv/ready ## Run the whole pipeline: PLATFORM=adworld (default) or PLATFORM=kuairand DATA=folder
 	@$(BIN)/mtmd demo --platform $(PLATFORM) $(DATA_FLAG)
 
-test: .venv/ready ## All tests
-	$(BIN)/pytest
+test: .venv/ready ## All tests, a process a core
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .

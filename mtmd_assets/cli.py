@@ -18,15 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import ALWAYS, CHECKOUT, Home, Site
-
-if TYPE_CHECKING:
-    import dagster as dg
-
-_RANGE_START, _RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.choices["demo"].add_argument("--data", help="the folder of the platform's logs, where it needs one")
     for bound in ("first", "last"):
         commands.choices["backfill"].add_argument(bound, type=date.fromisoformat, help="a day, YYYY-MM-DD")
+    commands.choices["backfill"].add_argument("--job", choices=("data", "models", "daily"), default="data")
     commands.choices["sql"].add_argument("query", nargs="?")
     register = commands.add_parser("register")
     register.add_argument("file", help="a platform file, or the name of a shipped one")
@@ -53,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             return demo(home, options.platform, options.data)
         if options.command == "backfill":
-            return backfill(home.site(options.platform), options.first, options.last, home)
+            return backfill(home, home.site(options.platform), options.job, options.first, options.last)
         if options.command == "scoreboard":
             return print_scoreboard(home.site(options.platform))
         if options.command == "sql":
@@ -69,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-# -- demo --------------------------------------------------------------------------------------------------------
+# -- running -----------------------------------------------------------------------------------------------------
 
 
 def demo(home: Home, name: str, data: str | None) -> int:
@@ -77,57 +73,92 @@ def demo(home: Home, name: str, data: str | None) -> int:
 
     A log that goes on is shown from its first day, a log that has ended up to its last one.
     """
-    import dagster as dg
+    from mtmd_assets.automation import MODEL_TABLES
 
-    from mtmd_assets.definitions import platform_definitions
-
-    site = home.register(name, data) if data or name != ALWAYS else home.site(name)
+    known = home.registered(name) or name == ALWAYS
+    site = home.site(name) if known and data is None else home.register(name, data)
     platform = site.platform
     evaluated = platform.end or platform.first_window_end + timedelta(1)
     trained = evaluated - timedelta(1)
     first = platform.start if not platform.logs_scores else platform.window(trained)[0]
-    home.prepare_dagster()
-    definitions = platform_definitions(site)
-    data_job, models_job = (definitions.resolve_job_def(f"{platform.name}_{j}") for j in ("data", "models"))
     print(f"{platform.name}: {len(platform.slices)} slices, {len(platform.tasks)} tasks, home {home.root}", flush=True)
-    with dg.DagsterInstance.get() as instance:
+    with _jobs(home, site) as run:
         with _step(f"1/3 build and check the days {first} to {evaluated}"):
-            _run(data_job, instance, tags={_RANGE_START: str(first), _RANGE_END: str(evaluated)})
+            run("data", first, evaluated)
         with _step(f"2/3 train on the window {platform.window(trained)[0]} to {trained}"):
-            _run(models_job, instance, trained, [site_key(site, "models")])
+            run("models", trained, only=("models",))
         with _step(f"3/3 evaluate and embed {evaluated}"):
-            _run(models_job, instance, evaluated, [site_key(site, t) for t in _model_tables() if t != "models"])
+            run("models", evaluated, only=[t for t in MODEL_TABLES if t != "models"])
     print()
     return print_scoreboard(site)
 
 
-def backfill(site: Site, first: date, last: date, home: Home) -> int:
-    """Build the data tables of the days first..last in one run, as a backfill from the UI does."""
-    import dagster as dg
+def backfill(home: Home, site: Site, job: str, first: date, last: date) -> int:
+    """Run a job for the days first..last, as a backfill from the UI does; data in one run, models a run a day.
 
-    from mtmd_assets.definitions import platform_definitions
+    Raises:
+        PlatformError: if the days are none of the platform's.
+    """
+    from mtmd_assets.assets.common import daily_partitions
 
-    home.prepare_dagster()
-    job = platform_definitions(site).resolve_job_def(f"{site.platform.name}_data")
-    with (
-        dg.DagsterInstance.get() as instance,
-        _step(f"build and check the days {first} to {last} of {site.platform.name}"),
-    ):
-        _run(job, instance, tags={_RANGE_START: str(first), _RANGE_END: str(last)})
+    keys = daily_partitions(site.platform).get_partition_keys()
+    if not (keys and keys[0] <= str(first) <= str(last) <= keys[-1]):
+        span = f"{keys[0]} to {keys[-1]}" if keys else "none yet"
+        raise PlatformError(f"{site.platform.name}: no days {first} to {last}; its days are {span}")
+    with _jobs(home, site) as run, _step(f"{site.platform.name}_{job} of {first} to {last}"):
+        if job == "data":
+            run(job, first, last)
+        else:
+            for n in range((last - first).days + 1):
+                run(job, first + timedelta(n))
     return 0
 
 
-def site_key(site: Site, table: str) -> "dg.AssetKey":
-    """The asset key of a table of a site."""
+class Run(Protocol):
+    """Runs jobs of a site."""
+
+    def __call__(self, job: str, first: date, last: date | None = None, only: Sequence[str] = ()) -> None:
+        """Run a job for one day, or for a range of days in one run; for some of its tables, or all."""
+
+
+@contextmanager
+def _jobs(home: Home, site: Site) -> Iterator[Run]:
+    """Runs jobs in this process, quietly; the runs are kept in the home and seen in the UI.
+
+    The function it gives raises SystemExit if a run fails, with the reasons.
+    """
+    import dagster as dg
+
     from mtmd_assets.assets.common import asset_key
+    from mtmd_assets.definitions import platform_definitions
+    from mtmd_assets.runs import bury_dead
 
-    return asset_key(site.platform, table)
+    site.warehouse.create()
+    home.prepare_dagster()
+    definitions = platform_definitions(site)
+    with dg.DagsterInstance.get() as instance:
+        bury_dead(instance)
 
+        def run(job: str, first: date, last: date | None = None, only: Sequence[str] = ()) -> None:
+            span = {"dagster/asset_partition_range_start": str(first), "dagster/asset_partition_range_end": str(last)}
+            result = definitions.resolve_job_def(f"{site.platform.name}_{job}").execute_in_process(
+                instance=instance,
+                partition_key=None if last else str(first),
+                tags=span if last else None,
+                asset_selection=[asset_key(site.platform, t) for t in only] or None,
+                raise_on_error=False,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+            if not result.success:
+                for event in result.all_events:
+                    if event.is_step_failure:
+                        error = event.step_failure_data.error
+                        while error and error.cause:
+                            error = error.cause
+                        print(f"    {event.step_key}: {error.message if error else 'failed'}", file=sys.stderr)
+                raise SystemExit(f"{site.platform.name}_{job} failed; `make ui` shows run {result.run_id}")
 
-def _model_tables() -> tuple[str, ...]:
-    from mtmd_assets.automation import MODEL_TABLES
-
-    return MODEL_TABLES
+        yield run
 
 
 @contextmanager
@@ -136,36 +167,6 @@ def _step(title: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     print(f"    done in {time.monotonic() - start:.0f} s", flush=True)
-
-
-def _run(
-    job: "dg.JobDefinition",
-    instance: "dg.DagsterInstance",
-    day: date | None = None,
-    selection: "Sequence[dg.AssetKey] | None" = None,
-    tags: dict[str, str] | None = None,
-) -> None:
-    """Run a job in this process, quietly; the run is kept in the home and seen in the UI.
-
-    Raises:
-        SystemExit: if it fails, with the reasons.
-    """
-    result = job.execute_in_process(
-        instance=instance,
-        partition_key=None if day is None else day.isoformat(),
-        asset_selection=selection,
-        tags=tags,
-        raise_on_error=False,
-        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-    )
-    if not result.success:
-        for event in result.all_events:
-            if event.is_step_failure:
-                error = event.step_failure_data.error
-                while error and error.cause:
-                    error = error.cause
-                print(f"    {event.step_key}: {error.message if error else 'failed'}", file=sys.stderr)
-        raise SystemExit(f"{job.name} failed; `make ui` shows run {result.run_id}")
 
 
 def print_scoreboard(site: Site) -> int:
@@ -185,14 +186,13 @@ def print_scoreboard(site: Site) -> int:
                 "\nAUC of the heavyweight ranker that is imitated, against the outcomes of days it was not trained on\n"
             )
             print(scoreboard.ranker_auc(con, site))
-    better = sum(c[4] < c[5] for c in cells)
-    print(f"\nmtmd is better than the slice's mean in {better} of {len(cells)} cells", end="")
-    large = [c for c in cells if c[3] >= 200]
-    if len(large) < len(cells):
-        print(f", in {sum(c[4] < c[5] for c in large)} of the {len(large)} with at least 200 rows", end="")
-    print(
-        '\n\nmake ui                                   the assets, in Dagster\nmake sql Q="FROM slice_metrics LIMIT 5"   the tables, in DuckDB'
-    )
+    judged = [c for c in cells if c.gain is not None]
+    large = [c for c in judged if c.rows >= 200]
+    for those, which in ((judged, ""), (large, " with at least 200 rows"))[: 1 if large == judged else 2]:
+        better = sum(c.mtmd < c.constant for c in those if c.constant is not None)
+        print(f"\nmtmd is better than the slice's mean in {better} of the {len(those)} cells{which}", end="")
+    print("\n\nmake ui                                   the assets, in Dagster")
+    print('make sql Q="FROM slice_metrics LIMIT 5"   the tables, in DuckDB')
     return 0
 
 
@@ -201,19 +201,26 @@ def print_scoreboard(site: Site) -> int:
 
 def prompt(site: Site, query: str | None) -> int:
     """One query, or DuckDB's own shell on the views, read-only so that nobody is locked out."""
-    site.warehouse.create()
+    if not site.warehouse.database.exists():
+        site.warehouse.create()
     command = [_script("duckdb"), "-readonly", str(site.warehouse.database)]
     return subprocess.run([*command, "-c", query] if query else command, check=False).returncode
 
 
 def ui(home: Home, port: str) -> int:
     """Dagster's web server and daemon on this home, until interrupted."""
+    import dagster as dg
+
+    from mtmd_assets.runs import bury_dead
+
     for site in home.sites():
         site.warehouse.create()
-    home.prepare_dagster()
-    return subprocess.run(
-        [_script("dg"), "dev", "-w", "workspace.yaml", "-p", port], cwd=CHECKOUT, check=False
-    ).returncode
+    folder = home.prepare_dagster()
+    with dg.DagsterInstance.get() as instance:
+        bury_dead(instance)
+    command = [_script("dg"), "dev", "-w", str(CHECKOUT / "workspace.yaml"), "-p", port]
+    # Elsewhere than in the checkout, whose dagster.yaml is for those who start Dagster without a home.
+    return subprocess.run(command, cwd=folder, check=False).returncode
 
 
 def _script(name: str) -> str:

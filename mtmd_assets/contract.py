@@ -48,17 +48,3 @@ def measure_contract(con: "duckdb.DuckDBPyConnection", platform: Platform, day: 
     judged = {"judged_from": platform.contract.judged_from, "empty_allowed": platform.contract.empty_slices == "allow"}
     con.execute(f"CREATE OR REPLACE TEMP TABLE contract_of_day AS {sql.text('feature_contract')}", judged)
     return con.sql("FROM contract_of_day").pl()
-
-
-def measure_drift(con: "duckdb.DuckDBPyConnection", day: date) -> pl.DataFrame:
-    """The rows of `feature_drift` for the day that `measure_contract` left in `con`, published or not.
-
-    In `con`, which must be the caller's own, the view `feature_contract` then shows the day as measured.
-    """
-    con.execute(
-        f"""CREATE TEMP TABLE contract_of_other_days AS
-        FROM feature_contract WHERE ds BETWEEN DATE '{day}' - drift_days()::INTEGER AND DATE '{day}' - 1;
-        CREATE OR REPLACE VIEW feature_contract AS
-        FROM contract_of_other_days UNION ALL BY NAME SELECT *, DATE '{day}' AS ds FROM contract_of_day"""
-    )
-    return con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl()

@@ -5,6 +5,7 @@ mtmd.duckdb}`, and Dagster's own folder `dagster/`.
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from mtmd_assets.faults import PlatformError
-from mtmd_assets.platform import SHIPPED, Platform, load_platform, parse_platform
+from mtmd_assets.platform import SHIPPED, Platform, load_platform, parse_platform, parse_yaml, read_text
 from mtmd_assets.sources import Source, open_source
 from mtmd_assets.tables import settings, tables
 from mtmd_assets.warehouse import Warehouse
@@ -21,19 +22,6 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 ALWAYS = "adworld"
 """The platform that every home has without registration."""
-
-# Telemetry and the newcomer's dialog off; a few runs at once, queued by Dagster rather than by the machine; no retry of a run whose data failed.
-_DAGSTER_YAML = """\
-telemetry:
-  enabled: false
-nux:
-  enabled: false
-concurrency:
-  runs:
-    max_concurrent_runs: 2
-run_retries:
-  enabled: false
-"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +79,10 @@ class Home:
             file = SHIPPED / f"{name}.yaml"
         return Site(load_platform(file), self.root / name)
 
+    def registered(self, name: str) -> bool:
+        """Whether a platform has a folder with its file in this home."""
+        return (self.root / name / "platform.yaml").is_file()
+
     def register(self, file_or_name: str, data: str | None = None) -> Site:
         """Copy a platform file (or a shipped platform, by name) into the home.
 
@@ -106,9 +98,11 @@ class Home:
         if not file.is_file():
             known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
             raise PlatformError(f"{file_or_name}: neither a file nor a shipped platform ({known})")
-        text = file.read_text()
+        text = read_text(file)
         if data is not None:
-            content = yaml.safe_load(text)
+            content = parse_yaml(text, str(file))
+            if not isinstance(content.get("source"), dict):
+                raise PlatformError(f"{file}: source: expected keys and values (received {content.get('source')!r})")
             content["source"]["data"] = str(Path(data).absolute())
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         platform = parse_platform(text, str(file))
@@ -116,7 +110,7 @@ class Home:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             draft = folder / f"platform.yaml.{os.getpid()}"
-            draft.write_text(text)
+            draft.write_text(text, encoding="utf-8")
             os.replace(draft, folder / "platform.yaml")
         except OSError as e:
             raise PermissionError(
@@ -125,11 +119,22 @@ class Home:
         return Site(platform, folder)
 
     def prepare_dagster(self) -> Path:
-        """Dagster's folder in this home with its settings; also set as `DAGSTER_HOME`."""
+        """Dagster's folder in this home, with the settings of the checkout's `dagster.yaml`; set as `DAGSTER_HOME`.
+
+        Raises:
+            PermissionError: if the home cannot be written, naming it and `MTMD_HOME`.
+        """
         folder = self.root / "dagster"
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = folder / "dagster.yaml"
-        if not settings.exists():
-            settings.write_text(_DAGSTER_YAML)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            if not (folder / "dagster.yaml").exists():
+                shutil.copy(CHECKOUT / "dagster.yaml", folder)
+        except OSError as e:
+            raise PermissionError(
+                f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
+            ) from e
         os.environ["DAGSTER_HOME"] = str(folder)
         return folder

@@ -157,6 +157,21 @@ def build_examples(
     return Examples(counts[1].accepted, counts, reasons)
 
 
+def account_log(con: "duckdb.DuckDBPyConnection", stage: Stage, day: date) -> RowCount:
+    """Stage `rejected_rows` and `row_counts` of a day that has a log but can have no scores.
+
+    Raises:
+        AccountingError: if the log's rows are not all accepted or rejected.
+    """
+    stage.write(con, "rejected_rows", day, f"SELECT * FROM log_rejected_rows WHERE ds = '{day}'")
+    stage.write(con, "row_counts", day, sql.text("log_row_count"), {"day": day})
+    [row] = con.execute(f"SELECT source, received, accepted, rejected FROM row_counts WHERE ds = '{day}'").fetchall()
+    count = RowCount(*row)
+    if count.received != count.accepted + count.rejected:
+        raise AccountingError(f"row_counts: received is not accepted + rejected in {count}")
+    return count
+
+
 def check_accounting(con: "duckdb.DuckDBPyConnection") -> tuple[RowCount, ...]:
     """Hold what was written against what was received; reads the temp views that `build_examples` leaves.
 

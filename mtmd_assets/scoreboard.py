@@ -1,6 +1,7 @@
 """The table everybody asks for first: LogMAE by slice and task, the model beside the constants."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -14,26 +15,41 @@ if TYPE_CHECKING:
 HEADER = ("surface", "product", "task", "rows", "mtmd", "constant", "constant_median", "gain over constant")
 
 
-def cells(
-    con: "DuckDBPyConnection", site: Site, days: Sequence[date]
-) -> list[tuple[str, str, str, int, float, float, float, float]]:
-    """Rows of `HEADER`, in the order of the platform file; the gain is (constant - mtmd) / constant."""
-    found = con.execute(
-        f"SELECT surface, product, task, rows, mtmd, constant, constant_median, (constant - mtmd) / constant FROM ({sql.text('scoreboard')})",
-        {"days": list(days)},
-    ).fetchall()
+@dataclass(frozen=True)
+class Cell:
+    """One slice x task: LogMAE of the model and of the constants (None where the window never saw the slice)."""
+
+    surface: str
+    product: str
+    task: str
+    rows: int
+    mtmd: float
+    constant: float | None
+    constant_median: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """(constant - mtmd) / constant."""
+        return None if self.constant is None else (self.constant - self.mtmd) / self.constant
+
+
+def cells(con: "DuckDBPyConnection", site: Site, days: Sequence[date]) -> list[Cell]:
+    """Every slice x task of today's platform file that has rows on these days, in the file's order."""
+    query = f"SELECT surface, product, task, rows, mtmd, constant, constant_median FROM ({sql.text('scoreboard')})"
+    found = {row[:3]: Cell(*row) for row in con.execute(query, {"days": list(days)}).fetchall()}
     platform = site.platform
-    order = {
-        (s, p, t): n for n, (s, p, t) in enumerate((s, p, t) for s, p in platform.slices for t in platform.task_names)
-    }
-    return sorted(found, key=lambda row: order[row[:3]])
+    keys = ((s, p, t) for s, p in platform.slices for t in platform.task_names)
+    return [found[key] for key in keys if key in found]
 
 
 def scoreboard(con: "DuckDBPyConnection", site: Site, days: Sequence[date]) -> str:
     """The table in Markdown."""
-    return markdown_table(
-        HEADER, [(*c[:4], *(f"{v:.4f}" for v in c[4:7]), f"{c[7]:+.1%}") for c in cells(con, site, days)]
-    )
+
+    def row(c: Cell) -> list[object]:
+        numbers = ("" if v is None else f"{v:.4f}" for v in (c.mtmd, c.constant, c.constant_median))
+        return [c.surface, c.product, c.task, c.rows, *numbers, "" if c.gain is None else f"{c.gain:+.1%}"]
+
+    return markdown_table(HEADER, [row(c) for c in cells(con, site, days)])
 
 
 def ranker_auc(con: "DuckDBPyConnection", site: Site) -> str:

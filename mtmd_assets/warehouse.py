@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sql
+from mtmd_assets.processes import alive
 from mtmd_assets.tables import Columns
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class Warehouse:
             ) from e
         self._sweep()
         changed = [t for t in self.tables if self._create_table(t)]
-        for table in self.tables:
-            self._mark_mixed(table, table in changed)
+        for table in changed:
+            self._mark_mixed(table, changed=True)
         stamp = self.folder / "views.sql"
         if changed or not self.database.exists() or not stamp.exists() or stamp.read_text() != self._views():
             self._create_views(stamp)
@@ -182,7 +183,7 @@ class Warehouse:
     def _sweep(self) -> None:
         """Finish what a killed run had begun to publish; remove what dead runs of this machine left behind."""
         for draft in self.staging.glob(f"{glob.escape(socket.gethostname())}~*~*~*"):
-            if _alive(int(draft.name.split("~")[1])):
+            if alive(int(draft.name.split("~")[1])):
                 continue
             if draft.is_dir():
                 Stage(self, draft).finish()
@@ -191,29 +192,42 @@ class Warehouse:
                 draft.unlink(missing_ok=True)
 
 
-class Stage:
-    """Files of one day, not yet visible. Write them, check them, then publish them together."""
+class Stage(Warehouse):
+    """A warehouse in which files that are not yet visible to others take the place of published ones.
 
-    def __init__(self, warehouse: Warehouse, folder: Path):
-        self.warehouse, self.folder = warehouse, folder
+    Write a day's tables, read and check them as if they were published, then publish them together, or not at all.
+    """
+
+    def __init__(self, warehouse: Warehouse, draft: Path):
+        super().__init__(warehouse.folder, warehouse.tables, warehouse.settings)
+        self.draft = draft
 
     def path(self, table: str, day: date) -> Path:
-        """Where the staged file of a table and day is."""
-        return self.folder / f"{table}@{day.isoformat()}.parquet"
+        """The staged file of a table and day, or else the published one."""
+        staged = self._staged(table, day)
+        return staged if staged.exists() else super().path(table, day)
+
+    def connect(self) -> "DuckDBPyConnection":
+        """As of a warehouse; staged days show in the views."""
+        con = super().connect()
+        for path in self.draft.glob("*.parquet"):
+            con.execute(self._with_staged(*_table_and_day(path.name)))
+        return con
 
     def write(self, con: "DuckDBPyConnection", table: str, day: date, query: str, parameters: object = None) -> Path:
-        """Write a query's rows as one day of a table; columns are picked by name and cast to the table's types.
+        """Stage a query's rows as one day of a table; columns are picked by name and cast to the table's types.
 
         Raises:
             duckdb.Error: if the query lacks a column or a value does not fit its type.
         """
-        columns = ", ".join(f"{c}::{t} AS {c}" for c, t in self.warehouse.tables[table].items())
-        path = self.path(table, day)
+        columns = ", ".join(f"{c}::{t} AS {c}" for c, t in self.tables[table].items())
+        path = self._staged(table, day)
         con.execute(f"COPY (SELECT {columns} FROM ({query})) TO {sql.quoted(path)} {_COPY}", parameters)
+        con.execute(self._with_staged(table, day))
         return path
 
     def write_rows(self, con: "DuckDBPyConnection", table: str, day: date, rows: list[dict[str, Any]]) -> Path:
-        """Write Python rows as one day of a table (see `write`)."""
+        """Stage Python rows as one day of a table (see `write`)."""
         import pyarrow as pa
 
         con.register("rows_to_write", pa.Table.from_pylist(rows))
@@ -223,31 +237,51 @@ class Stage:
 
     def keep_only(self, table: str) -> None:
         """Drop the staged files of every other table."""
-        for path in self.folder.glob("*.parquet"):
-            if not path.name.startswith(f"{table}@"):
+        for path in self.draft.glob("*.parquet"):
+            if _table_and_day(path.name)[0] != table:
                 path.unlink()
 
     def publish(self) -> None:
-        """Rename every staged file into place. If the process dies half-way, the next run finishes it (`_sweep`)."""
-        plan = [p.name for p in sorted(self.folder.glob("*.parquet"))]
-        draft = self.folder / "publish.tmp"
+        """Rename every staged file into place. If the process dies half-way, the next run finishes it (`_sweep`).
+
+        Connections made before still look for the staged files: read what you need first.
+        """
+        plan = [p.name for p in sorted(self.draft.glob("*.parquet"))]
+        draft = self.draft / "publish.tmp"
         draft.write_text(json.dumps(plan))
-        os.replace(draft, self.folder / "publish.json")
+        os.replace(draft, self.draft / "publish.json")
         self.finish()
 
     def finish(self) -> None:
         """Carry out the written plan, if there is one; renames already done are passed over."""
-        plan = self.folder / "publish.json"
+        plan = self.draft / "publish.json"
         if not plan.exists():
             return
         for name in json.loads(plan.read_text()):
-            table, day = name.removesuffix(".parquet").split("@")
-            target = self.warehouse.path(table, date.fromisoformat(day))
+            table, day = _table_and_day(name)
+            target = super().path(table, day)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.replace(self.folder / name, target)
+                os.replace(self.draft / name, target)
             except FileNotFoundError:
                 continue
+            self._mark_mixed(table, changed=False)
+
+    def _staged(self, table: str, day: date) -> Path:
+        return self.draft / f"{table}@{day.isoformat()}.parquet"
+
+    def _with_staged(self, table: str, day: date) -> str:
+        """The view of a table with the staged day in place of the published one."""
+        columns = ", ".join(self.tables[table])
+        published = self._view(table, self.tables[table]).removesuffix(";")
+        staged = f"SELECT {columns}, DATE '{day}' FROM read_parquet({sql.quoted(self._staged(table, day))})"
+        return f"{published} WHERE ds <> DATE '{day}' UNION ALL {staged}"
+
+
+def _table_and_day(name: str) -> tuple[str, date]:
+    """What a staged file is of."""
+    table, day = name.removesuffix(".parquet").split("@")
+    return table, date.fromisoformat(day)
 
 
 def _connect(**config: str) -> "DuckDBPyConnection":
@@ -257,13 +291,3 @@ def _connect(**config: str) -> "DuckDBPyConnection":
     import duckdb
 
     return duckdb.connect(config=dict(config))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,18 +1,15 @@
 -- LogMAE of the model and of the two constants, a row a slice x task, rows of several days pooled.
 --
--- Reads the view `slice_metrics`; $days is a list of evaluation days. `gain` is (constant - mtmd) / constant.
-PIVOT (
-    SELECT
-        surface,
-        product,
-        task,
-        model,
-        sum(rows)::BIGINT AS rows,
-        sum(rows * logmae) / sum(rows) AS logmae
-    FROM slice_metrics
-    WHERE bucket IS NULL AND list_contains($days, ds)
-    GROUP BY ALL
-)
-ON model IN ('mtmd', 'constant', 'constant_median')
-USING first(logmae)
-GROUP BY surface, product, task, rows
+-- Reads the view `slice_metrics`; $days is a list of evaluation days. `rows` are the model's.
+SELECT
+    surface,
+    product,
+    task,
+    sum(rows) FILTER (model = 'mtmd')::BIGINT AS rows,
+    sum(rows * logmae) FILTER (model = 'mtmd') / sum(rows) FILTER (model = 'mtmd') AS mtmd,
+    sum(rows * logmae) FILTER (model = 'constant') / sum(rows) FILTER (model = 'constant') AS constant,
+    sum(rows * logmae) FILTER (model = 'constant_median') / sum(rows) FILTER (model = 'constant_median') AS constant_median
+FROM slice_metrics
+WHERE bucket IS NULL AND list_contains($days, ds)
+GROUP BY surface, product, task
+HAVING count(*) FILTER (model = 'mtmd') > 0

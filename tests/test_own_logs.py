@@ -72,6 +72,10 @@ def test_own_logs_through_every_stage(tmp_path, scores):
             "SELECT count(*), sum(rows) FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL"
         ).fetchall()
         [(kind,)] = con.execute("SELECT DISTINCT typeof(impression_id) FROM joined_examples").fetchall()
+        counted = con.execute("SELECT source, received - accepted - rejected FROM row_counts WHERE ds = ?", [DAYS[0]])
+        assert dict(counted.fetchall()) == dict.fromkeys(
+            ("log", "impressions", "heavyweight_scores") if scores else ("log",), 0
+        ), "every row of every day is accounted for, scored or not"
         versions = con.execute("SELECT DISTINCT ranker_version FROM joined_examples").fetchall()
     assert cells == 18
     assert rows > 3 * 4_000

@@ -1,24 +1,31 @@
 """The whole pipeline at a small size, through Dagster, as a user runs it."""
 
+import errno
 import math
+import os
 import subprocess
 import sys
 import time
 from datetime import date, datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 import duckdb
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 
 from mtmd_assets import model_store
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Home
+from mtmd_assets.runs import PROCESS, bury_dead
 from mtmd_assets.tables import tables
+from mtmd_assets.warehouse import Stage
 from tests.worlds import KUAIRAND, Runner, show_failure, small_adworld
 
+SCORED = ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings")
 DAY = {n: date(2026, 1, n) for n in range(1, 8)}
 
 
@@ -49,9 +56,9 @@ def test_dagster_shows_each_day_of_each_asset(pipeline):
         "feature_missingness",
     ):
         assert pipeline.materialized(table) == scored, table
-    assert pipeline.materialized("models") == {str(DAY[3]), str(DAY[4])}
+    assert pipeline.materialized("models") == {str(DAY[3]), str(DAY[4]), str(DAY[5])}
     for table in ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings"):
-        assert pipeline.materialized(table) == {str(DAY[4])}, table
+        assert pipeline.materialized(table) == {str(DAY[4]), str(DAY[5])}, table
     assert all(e.passed for name in ("feature_contract", "row_accounting") for e in pipeline.checks(name))
 
 
@@ -98,13 +105,13 @@ def test_predictions_keep_the_task_chain(pipeline):
 
 def test_slice_metrics_equal_a_computation_by_hand(pipeline):
     frame = pl.DataFrame(
-        query(pipeline, "SELECT surface, product, task, score, probability FROM predictions"),
+        query(pipeline, "SELECT surface, product, task, score, probability FROM predictions WHERE ds = '2026-01-04'"),
         schema=["surface", "product", "task", "score", "probability"],
         orient="row",
     )
     found = query(
         pipeline,
-        "SELECT surface, product, task, rows, logmae, calibration FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL",
+        "SELECT surface, product, task, rows, logmae, calibration FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL AND ds = '2026-01-04'",
     )
     assert len(found) == 6 * 2 + 3 + 3  # ctr and gctr everywhere, octr on standard, cvr on shopping
     for surface, product, task, rows, logmae, calibration in found:
@@ -118,7 +125,7 @@ def test_slice_metrics_equal_a_computation_by_hand(pipeline):
 def test_constants_come_from_the_window_only(pipeline):
     found = query(
         pipeline,
-        "SELECT surface, product, task, logmae FROM slice_metrics WHERE model = 'constant' AND bucket IS NULL AND task = 'ctr' ORDER BY ALL",
+        "SELECT surface, product, task, logmae FROM slice_metrics WHERE model = 'constant' AND bucket IS NULL AND task = 'ctr' AND ds = '2026-01-04' ORDER BY ALL",
     )
     window = "SELECT surface, product, avg(score_ctr) FROM joined_examples WHERE ds BETWEEN '2026-01-01' AND '2026-01-03' GROUP BY ALL"
     constant = {(s, p): mean for s, p, mean in query(pipeline, window)}
@@ -137,13 +144,16 @@ def test_buckets_are_tenths_by_heavyweight_score(pipeline):
     rows = query(
         pipeline,
         "SELECT surface, product, task, sum(rows) FILTER (bucket IS NULL), sum(rows) FILTER (bucket IS NOT NULL), max(rows) FILTER (bucket IS NOT NULL) "
-        "- min(rows) FILTER (bucket IS NOT NULL) FROM slice_metrics WHERE model = 'mtmd' GROUP BY ALL",
+        "- min(rows) FILTER (bucket IS NOT NULL) FROM slice_metrics WHERE model = 'mtmd' AND ds = '2026-01-04' GROUP BY ALL",
     )
     assert all(whole == parts and spread <= 1 for *_, whole, parts, spread in rows)
 
 
 def test_gates_of_a_router_sum_to_one(pipeline):
-    sums = query(pipeline, "SELECT sum(mean_gate), count(*) FROM routing_metrics GROUP BY tower, domain, task")
+    sums = query(
+        pipeline,
+        "SELECT sum(mean_gate), count(*) FROM routing_metrics WHERE ds = '2026-01-04' GROUP BY tower, domain, task",
+    )
     assert all(total == pytest.approx(1, abs=1e-6) and experts == 3 for total, experts in sums)
 
 
@@ -174,20 +184,26 @@ def test_metadata_has_pictures_and_previews(pipeline):
 
 
 def test_a_tick_on_day_d_trains_through_d_minus_1_and_evaluates_the_model_of_d_minus_2(pipeline):
-    schedule = pipeline.definitions.get_repository_def().get_schedule_def("adworld_every_day")
-    tick = dg.build_schedule_context(scheduled_execution_time=datetime(2026, 1, 6, 6, 0), instance=pipeline.instance)
-    [request] = schedule.evaluate_tick(tick).run_requests
-    assert request.partition_key == "2026-01-05"
-    result = pipeline.run("daily", date.fromisoformat(request.partition_key))
-    assert result.success, show_failure(result)
+    """The fixture's last run is the schedule's tick on 2026-01-06."""
+    assert query(pipeline, "SELECT max(ds) FROM joined_examples") == [(DAY[5],)]
     # the model it trained: window through D-1
     assert query(pipeline, "SELECT window_start, window_end FROM models WHERE ds = '2026-01-05'") == [(DAY[3], DAY[5])]
     # the model it evaluated and embedded with: trained through D-2, on D-1
-    [(trained_through_d_minus_2,)] = query(pipeline, "SELECT model_version FROM models WHERE ds = '2026-01-04'")
+    [(of_d_minus_2,)] = query(pipeline, "SELECT model_version FROM models WHERE window_end = '2026-01-04'")
     for table in ("slice_metrics", "predictions", "item_embeddings", "query_embeddings"):
-        assert query(pipeline, f"SELECT DISTINCT model_version FROM {table} WHERE ds = '2026-01-05'") == [
-            (trained_through_d_minus_2,)
-        ], table
+        used = query(pipeline, f"SELECT DISTINCT model_version FROM {table} WHERE ds = '2026-01-05'")
+        assert used == [(of_d_minus_2,)], table
+
+
+def test_a_tick_is_in_the_platforms_own_time_zone(tmp_path):
+    """The morning after New York's clocks went forward, 6:00 there runs the day before."""
+    file = small_adworld(tmp_path, time_zone="America/New_York")
+    runner = Runner(Home(tmp_path / "home").register(str(file)))
+    schedule = runner.definitions.get_repository_def().get_schedule_def("adworld_every_day")
+    assert schedule.execution_timezone == "America/New_York"
+    at = datetime(2026, 3, 9, 6, 0, tzinfo=ZoneInfo("America/New_York"))
+    context = dg.build_schedule_context(scheduled_execution_time=at, instance=runner.instance)
+    assert [r.partition_key for r in schedule.evaluate_tick(context).run_requests] == ["2026-03-08"]
 
 
 def test_a_window_with_a_hole_is_not_trained_on(pipeline, tmp_path):
@@ -249,7 +265,7 @@ def test_two_backfills_at_once_while_another_process_queries(tmp_path):
     site = home.register(str(small_adworld(tmp_path)))
     site.warehouse.create()
     stop = tmp_path / "stop"
-    environment = {**__import__("os").environ, "MTMD_HOME": str(home.root)}
+    environment = {**os.environ, "MTMD_HOME": str(home.root)}
     reader = subprocess.Popen(
         [sys.executable, "-c", READER, str(site.warehouse.database), str(stop)],
         stdout=subprocess.PIPE,
@@ -317,39 +333,47 @@ def test_a_day_that_breaks_the_contract_is_not_published_and_says_why(tmp_path, 
 
 
 def test_a_refused_rebuild_leaves_the_published_day_as_it_was(tmp_path, monkeypatch):
+    """Every table of it, the impressions too: a day is published whole or not at all."""
     runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("data", DAY[1]).success
-    before = (
-        query(runner, "SELECT count(*), sum(score_ctr) FROM joined_examples"),
-        query(runner, "FROM feature_contract ORDER BY ALL"),
-    )
+    warehouse = runner.site.warehouse
+    files = [p for t in warehouse.tables if (p := warehouse.path(t, DAY[1])).exists()]
+    assert len(files) == 8
+    before = [p.read_bytes() for p in files]
     source = runner.site.source
     read = source.read
 
     def without_a_feature(day):
         log = read(day)
-        return type(log)(
-            log.impressions.with_columns(device=pl.lit(None, pl.String)),
-            log.scores,
-            log.impressions_file,
-            log.scores_file,
-        )
+        emptied = log.impressions.with_columns(device=pl.lit(None, pl.String))
+        return type(log)(emptied, log.scores, log.impressions_file, log.scores_file)
 
     monkeypatch.setattr(source, "read", without_a_feature)
-    assert not runner.run("data", DAY[1], only=("impressions", "heavyweight_scores", "joined_examples")).success
-    after = (
-        query(runner, "SELECT count(*), sum(score_ctr) FROM joined_examples"),
-        query(runner, "FROM feature_contract ORDER BY ALL"),
-    )
-    assert after == before
+    assert not runner.run("data", DAY[1]).success
+    assert [p.read_bytes() for p in files] == before
+    assert not runner.checks("feature_contract")[0].passed
 
 
-@pytest.mark.parametrize("errno_name", ["ENOSPC"])
-def test_a_full_disk_keeps_the_old_day(tmp_path, monkeypatch, errno_name):
-    import errno
+def test_days_of_one_run_that_stand_are_reported_whatever_ends_it(tmp_path, monkeypatch):
+    """The disk fills up on the second of three days: the first is published, checked and shown."""
+    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
+    real = Stage.write
 
-    from mtmd_assets.warehouse import Stage
+    def full(self, con, table, day, *rest):
+        if day == DAY[2]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path(table, day)))
+        return real(self, con, table, day, *rest)
 
+    monkeypatch.setattr(Stage, "write", full)
+    result = runner.run("data", DAY[1], DAY[3])
+    assert not result.success
+    assert "No space left on device" in show_failure(result)
+    assert runner.materialized("joined_examples") == {str(DAY[1])}
+    assert [c.passed for c in runner.checks("feature_contract")] == [True]
+    assert list(runner.site.warehouse.staging.iterdir()) == []
+
+
+def test_a_full_disk_keeps_the_old_day(tmp_path, monkeypatch):
     runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("data", DAY[1]).success
     before = query(runner, "SELECT sum(score_ctr) FROM joined_examples")
@@ -357,16 +381,124 @@ def test_a_full_disk_keeps_the_old_day(tmp_path, monkeypatch, errno_name):
 
     def full(self, con, table, day, *rest):
         if table == "rejected_rows":
-            raise OSError(getattr(errno, errno_name), "No space left on device", str(self.path(table, day)))
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path(table, day)))
         return real(self, con, table, day, *rest)
 
     monkeypatch.setattr(Stage, "write", full)
-    result = runner.run("data", DAY[1], DAY[2])
-    assert not result.success
-    assert "No space left on device" in show_failure(result)
+    assert not runner.run("data", DAY[1]).success
     assert query(runner, "SELECT sum(score_ctr) FROM joined_examples") == before
-    assert runner.site.warehouse.days("joined_examples") == [DAY[1]]
     assert list(runner.site.warehouse.staging.iterdir()) == []
+
+
+def test_a_slice_that_the_window_never_saw_is_evaluated_without_a_constant(tmp_path, monkeypatch):
+    file = small_adworld(tmp_path, contract={"empty_slices": "allow"})
+    runner = Runner(Home(tmp_path / "home").register(str(file)))
+    source = runner.site.source
+    read = source.read
+
+    def search_starts_late(day):
+        log = read(day)
+        seen = log.impressions.filter((pl.col("surface") != "search") | (day == DAY[4]))
+        scores = log.scores.join(seen.select("impression_id").unique(), on="impression_id", how="semi")
+        return type(log)(seen, scores, log.impressions_file, log.scores_file)
+
+    monkeypatch.setattr(source, "read", search_starts_late)
+    built = runner.run("data", DAY[1], DAY[4])
+    assert built.success, show_failure(built)
+    assert runner.run("models", DAY[3], only=("models",)).success
+    evaluated = runner.run("models", DAY[4], only=SCORED)
+    assert evaluated.success, show_failure(evaluated)
+    assert "search" in cli_output(runner, "scoreboard")
+
+
+def test_a_changed_platform_file_asks_for_the_days_to_be_built_again(tmp_path):
+    home = Home(tmp_path / "home")
+    runner = Runner(home.register(str(small_adworld(tmp_path))))
+    assert runner.run("data", DAY[1], DAY[4]).success
+    file = small_adworld(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    content["features"] = [f for f in content["features"] if f["name"] != "user_taste_5"]
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    changed = Runner(home.register(str(file)))
+    refused = changed.run("models", DAY[3], only=("models",))
+    assert not refused.success
+    assert "under another platform file" in show_failure(refused)
+    assert query(changed, "SELECT count(*) > 0 FROM joined_examples") == [(True,)], "the views still answer"
+    assert changed.run("data", DAY[1], DAY[3]).success
+    assert changed.run("models", DAY[3], only=("models",)).success
+    stale = changed.run("models", DAY[4], only=SCORED)
+    assert not stale.success
+    assert "2026-01-04 was built under another platform file" in show_failure(stale)
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def run_cli(home, *arguments, **environment):
+    """Run `mtmd` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mtmd_assets.cli", *arguments],
+        env={**os.environ, "MTMD_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def cli_output(runner, *arguments):
+    """What `mtmd` prints about a runner's home."""
+    result = run_cli(runner.site.folder.parent, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [("2026-01-03", "2026-01-01"), ("2025-12-01", "2025-12-02"), ("2999-01-01", "2999-01-01")]
+)
+def test_a_backfill_of_days_that_do_not_exist_is_refused(tmp_path, first, last):
+    result = run_cli(tmp_path, "backfill", first, last)
+    assert result.returncode == 2
+    assert first in result.stderr
+    assert not (tmp_path / "adworld" / "lake" / "impressions").exists()
+
+
+def test_a_home_that_is_a_file_is_named_without_a_traceback(tmp_path):
+    home = tmp_path / "home"
+    home.write_text("")
+    result = run_cli(home, "backfill", "2026-01-01", "2026-01-01")
+    assert result.returncode == 2
+    assert str(home) in result.stderr
+    assert "MTMD_HOME" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_whose_process_was_killed_does_not_stay_in_the_queue(tmp_path, monkeypatch):
+    home = Home(tmp_path / "home")
+    home.register(str(small_adworld(tmp_path)))
+    monkeypatch.setenv("DAGSTER_HOME", "")  # restored afterwards
+    home.prepare_dagster()
+    command = [sys.executable, "-m", "mtmd_assets.cli", "backfill", "2026-01-01", "2026-01-20"]
+    with dg.DagsterInstance.get() as instance:
+        victim = subprocess.Popen(command, env={**os.environ, "MTMD_HOME": str(home.root)})
+        while not any(PROCESS in r.tags for r in instance.get_runs()):
+            assert victim.poll() is None
+            time.sleep(0.05)
+        victim.kill()
+        victim.wait()
+        [run] = instance.get_runs()
+        assert run.status == dg.DagsterRunStatus.STARTED
+        assert [r.run_id for r in bury_dead(instance)] == [run.run_id]
+        assert instance.get_runs()[0].status == dg.DagsterRunStatus.FAILURE
+        assert list(bury_dead(instance)) == []
+
+
+def test_a_demo_keeps_the_registered_file(tmp_path):
+    home = Home(tmp_path)
+    site = home.register("kuairand", "nowhere")
+    result = run_cli(tmp_path, "demo", "--platform", "kuairand")
+    assert result.returncode != 0
+    assert "nowhere" in result.stderr
+    assert home.site("kuairand").platform == site.platform
 
 
 def test_an_unregistered_platform_is_named(tmp_path):
@@ -380,8 +512,6 @@ def test_an_unregistered_platform_is_named(tmp_path):
 @pytest.mark.skipif(not KUAIRAND.is_dir(), reason="../shared/data/KuaiRand-Pure is not there")
 def test_kuairand_end_to_end(tmp_path):
     """Three days of real logs train the ranker, it scores the next four, and MTMD learns from them."""
-    import yaml
-
     from mtmd_assets.platform import SHIPPED
 
     content = yaml.safe_load((SHIPPED / "kuairand.yaml").read_text())
@@ -405,7 +535,7 @@ def test_kuairand_end_to_end(tmp_path):
     assert evaluated.success, show_failure(evaluated)
     [(cells, slices)] = query(
         runner,
-        "SELECT count(*), count(DISTINCT surface || product) FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL",
+        "SELECT count(*), count(DISTINCT surface || product) FROM slice_metrics WHERE model = 'mtmd' AND bucket IS NULL AND ds = '2026-01-04'",
     )
     assert slices == 20
     assert cells == 60

@@ -1,6 +1,6 @@
 """Small worlds for the tests: a small adworld, its home, and its jobs run in this process."""
 
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 
 import dagster as dg
@@ -50,6 +50,15 @@ class Runner:
             raise_on_error=False,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
+
+    def tick(self, at: datetime) -> dg.ExecuteInProcessResult:
+        """Run what the daily schedule asks for at a time of the platform's zone."""
+        name = self.site.platform.name
+        schedule = self.definitions.get_repository_def().get_schedule_def(f"{name}_every_day")
+        context = dg.build_schedule_context(scheduled_execution_time=at, instance=self.instance)
+        [request] = schedule.evaluate_tick(context).run_requests or []
+        assert request.partition_key is not None
+        return self.run("daily", date.fromisoformat(request.partition_key))
 
     def materialized(self, table: str) -> set[str]:
         """The partitions that Dagster shows as materialised."""

@@ -36,7 +36,7 @@ def preview(con: Any, query: str, rows: int = 5) -> dg.MarkdownMetadataValue:
 
 @dataclass
 class Done:
-    """What a stage published of one day."""
+    """What a stage made of one day."""
 
     metadata: dict[str, Metadata]
     """Table -> asset metadata."""
@@ -71,10 +71,11 @@ class DayReport:
         """Whether the run asks for any of these tables."""
         return any(asset_key(self.platform, t) in self.context.selected_asset_keys for t in tables)
 
-    def add(self, day: date, done: Done) -> None:
-        """A stage of a day was published."""
-        self._checked(day, done.checks)
-        for table, metadata in done.metadata.items():
+    def add(self, day: date, stages: list[Done]) -> None:
+        """A day was published, with what its stages say of it."""
+        for done in stages:
+            self._checked(day, done.checks)
+        for table, metadata in (item for done in stages for item in done.metadata.items()):
             key = asset_key(self.platform, table)
             if key not in self.context.selected_asset_keys:
                 continue
@@ -96,16 +97,19 @@ class DayReport:
                     )
                 )
 
-    def finish(self) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-        """Yield results, checks last.
-
-        Raises:
-            dagster.Failure: if a day was not published, with each day's reason.
-        """
+    def results(self) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        """What was published and checked so far, checks last."""
         for table, metadata in self.done.items():
             yield dg.MaterializeResult(asset_key=asset_key(self.platform, table), metadata=metadata)
         for results in self.checks.values():
             yield _together(results)
+
+    def raise_failures(self) -> None:
+        """End the run as failed if a day was not published.
+
+        Raises:
+            dagster.Failure: with each such day's reason.
+        """
         if self.failures:
             reasons = "\n".join(f"{day}: {error}" for day, error in self.failures.items())
             raise dg.Failure(

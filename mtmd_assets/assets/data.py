@@ -1,7 +1,7 @@
 """The data assets: each day's logs, heavyweight scores and joined examples, one day after the other in one step.
 
-One step for all of them, so that a day that cannot be published stops only itself: in a backfill the other days of
-the run go on through every stage.
+One step for all of them: a day is published whole or not at all, and one that cannot be published stops only itself.
+In a backfill the other days of the run go on.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +16,21 @@ from mtmd_assets.assets.common import DayReport, Done, Refused, asset_key, daily
 from mtmd_assets.assets.waiting import waiting
 from mtmd_assets.faults import BadFile, Withheld
 from mtmd_assets.home import Site
+from mtmd_assets.runs import sign
+from mtmd_assets.warehouse import Stage
 
-Stage = Callable[[Site, date, str], Done | None]
+Build = Callable[[Site, date, Stage], Done | None]
 
 
-def _stages(site: Site) -> list[tuple[tuple[str, ...], Stage]]:
-    """The stages of a day in order, each with the tables it publishes."""
+def _stages(site: Site) -> list[tuple[tuple[str, ...], Build]]:
+    """The stages of a day in order, each with the tables it makes."""
     if site.platform.logs_scores:
-        return [(logs.TABLES + logs.SCORES, logs.publish), (examples.TABLES, examples.publish)]
+        return [(logs.TABLES + logs.SCORES, logs.build), (examples.TABLES, examples.build)]
     return [
-        (logs.TABLES, logs.publish),
+        (logs.TABLES, logs.build),
         (ranker.MODEL, ranker.train),
         (logs.SCORES, ranker.score),
-        (examples.TABLES, examples.publish),
+        (examples.TABLES, examples.build),
     ]
 
 
@@ -46,23 +48,25 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
         can_subset=True,
     )
     def data(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        sign(context)
         report = DayReport(context, platform)
         for partition in context.partition_keys:
             day = date.fromisoformat(partition)
-            for tables, stage in _stages(site):
-                if not report.selected(tables):
-                    continue
-                try:
-                    done = waiting(context, platform, partial(stage, site, day, context.run.run_id))
-                except (BadFile, Withheld, Refused) as e:
-                    report.fail(day, e)
-                    break
-                if done is None:
-                    context.log.info(
-                        f"{day}: {', '.join(tables)} do not exist on this day; scores begin {platform.scored_from}"
-                    )
-                else:
-                    report.add(day, done)
-        yield from report.finish()
+            try:
+                with site.warehouse.stage(context.run.run_id) as stage:
+                    done = [
+                        waiting(context, platform, partial(build, site, day, stage))
+                        for tables, build in _stages(site)
+                        if report.selected(tables)
+                    ]
+                    stage.publish()
+                report.add(day, [d for d in done if d is not None])
+            except (BadFile, Withheld, Refused) as e:
+                report.fail(day, e)
+            except Exception:
+                yield from report.results()
+                raise
+        yield from report.results()
+        report.raise_failures()
 
     return data

@@ -35,9 +35,9 @@ def _embed(scored: ScoredDay) -> Iterator[dg.MaterializeResult]:
     con.register("queries", _long(queries, query_keys, scored.model.embed_queries(queries), version))
     stage.write(con, "item_embeddings", day, "FROM items")
     stage.write(con, "query_embeddings", day, "FROM queries")
+    results = [_result(scored.site, con, table, day, version) for table in TABLES]
     stage.publish()
-    for table in TABLES:
-        yield _result(scored.site, con, table, day, version)
+    yield from results
 
 
 def _snapshot(site: Site, con: "DuckDBPyConnection", day: date, side: Side) -> "tuple[pa.Table, list[str]]":

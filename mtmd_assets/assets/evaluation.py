@@ -48,8 +48,9 @@ def _evaluate(scored: ScoredDay) -> Iterator[dg.MaterializeResult]:
     stage.write(con, "predictions", day, "FROM predicted")
     stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
     stage.write_rows(con, "routing_metrics", day, routing)
+    results = list(_results(scored.site, con, day, record))
     stage.publish()
-    yield from _results(scored.site, con, day, record)
+    yield from results
 
 
 def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "pl.DataFrame":

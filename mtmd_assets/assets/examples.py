@@ -1,4 +1,4 @@
-"""The examples stage: impressions joined with their scores, checked against the contract, published or refused."""
+"""The examples stage: impressions joined with their scores, checked against the contract, staged or refused."""
 
 from datetime import date
 from typing import TYPE_CHECKING
@@ -8,10 +8,11 @@ import dagster as dg
 from checks.dagster_results import accounting_result, contract_result, drift_result
 from checks.missingness import check_contract, check_drift, markdown
 from mtmd_assets.assets.common import Done, Metadata, Refused, asset_key, preview
-from mtmd_assets.contract import measure_contract, measure_drift
+from mtmd_assets.contract import measure_contract
 from mtmd_assets.history import create_history
 from mtmd_assets.home import Site
-from mtmd_assets.join import Examples, build_examples
+from mtmd_assets.join import Examples, RowCount, account_log, build_examples
+from mtmd_assets.warehouse import Stage
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -41,71 +42,76 @@ def specs(site: Site) -> list[dg.AssetSpec]:
     ]
 
 
-def publish(site: Site, day: date, run_id: str) -> Done | None:
-    """Join, check, publish; None on a day that can have no scores.
-
-    The measured contract of a refused day is published, so that SQL shows why, unless it would stand beside the tables
-    of an earlier build of that day.
+def build(site: Site, day: date, stage: Stage) -> Done:
+    """Join a day, check it and stage its tables; on a day that can have no scores, only the account of the log.
 
     Raises:
         BadFile: if too many rows are faulty.
         Withheld: if a table it needs is not published.
-        Refused: if the day breaks the feature contract.
+        Refused: if the day breaks the feature contract. Its measured contract is then published, so that SQL shows
+            why, unless it would stand beside the tables of an earlier build of that day.
     """
-    platform, warehouse = site.platform, site.warehouse
-    if day < platform.scored_from:
-        return None
-    key = asset_key(platform, "joined_examples")
-    with warehouse.stage(run_id) as stage, warehouse.connect() as con:
+    platform = site.platform
+    with stage.connect() as con:
+        if day < platform.scored_from:
+            return Done(_of_the_log(con, account_log(con, stage, day), day))
         if platform.history_days:
-            create_history(con, platform, warehouse, day)
-        examples = build_examples(con, platform, warehouse, stage, day)
+            create_history(con, platform, stage, day)
+        examples = build_examples(con, platform, stage, stage, day)
         measured = measure_contract(con, platform, day, stage.path("joined_examples", day))
         stage.write(con, "feature_contract", day, "FROM contract_of_day")
-        contract, drift = check_contract(measured), check_drift(measure_drift(con, day))
+        contract = check_contract(measured)
+        drift = check_drift(con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl())
+        key = asset_key(platform, "joined_examples")
         checks = [contract_result(contract, key), accounting_result(examples.counts, key), drift_result(drift, key)]
         audit: Metadata = {
             "contract": dg.MetadataValue.md(markdown(contract)),
             "drift": dg.MetadataValue.md(markdown(drift)),
-            "rules": contract.rules,
+            "dagster/row_count": contract.rules,
         }
         if contract.passed:
-            stage.publish()
-            return Done(_metadata(con, examples, day, audit), checks)
-        published = {}
-        if not warehouse.published("joined_examples", day):
-            stage.keep_only("feature_contract")
-            stage.publish()
-            published = {"feature_missingness": audit}
-        raise Refused(f"the feature contract is broken: {markdown(contract, 20)}", checks, published)
+            return Done(_of_the_join(con, examples, day, audit), checks)
+    shown = {}
+    if not site.warehouse.published("joined_examples", day):
+        stage.keep_only("feature_contract")
+        stage.publish()
+        shown = {"feature_missingness": audit}
+    raise Refused(f"the feature contract is broken: {markdown(contract, 20)}", checks, shown)
 
 
-def _metadata(con: "DuckDBPyConnection", examples: Examples, day: date, audit: Metadata) -> dict[str, Metadata]:
-    """What a person wants to see of the day."""
-    of_day = f"WHERE ds = '{day}'"
-    reasons = (
-        "SELECT source, reason, count(*) AS rows FROM rejected_rows " + of_day + " GROUP BY ALL ORDER BY rows DESC"
-    )
+def _of_the_log(con: "DuckDBPyConnection", count: RowCount, day: date) -> dict[str, Metadata]:
+    """What a person wants to see of a day without scores."""
+    return {
+        "rejected_rows": {"dagster/row_count": count.rejected, "by reason": _by_reason(con, day)},
+        "row_counts": {"dagster/row_count": 1, "counts": preview(con, f"SELECT * FROM row_counts WHERE ds = '{day}'")},
+    }
+
+
+def _of_the_join(con: "DuckDBPyConnection", examples: Examples, day: date, audit: Metadata) -> dict[str, Metadata]:
+    """What a person wants to see of a joined day."""
+    of_day = f"FROM joined_examples WHERE ds = '{day}'"
+    by_slice = f"SELECT surface, product, count(*) AS rows, {_means(con)} {of_day} GROUP BY ALL ORDER BY ALL"
     return {
         "joined_examples": {
             "dagster/row_count": examples.rows,
-            "rows by slice": preview(
-                con,
-                f"SELECT surface, product, count(*) AS rows, {_means(con)} FROM joined_examples {of_day} GROUP BY ALL ORDER BY ALL",
-                100,
-            ),
-            "preview": preview(con, f"SELECT * FROM joined_examples {of_day}"),
+            "rows by slice": preview(con, by_slice, 100),
+            "preview": preview(con, f"SELECT * {of_day}"),
         },
         "rejected_rows": {
             "dagster/row_count": sum(c.rejected for c in examples.counts),
-            "by reason": preview(con, reasons, 100),
+            "by reason": _by_reason(con, day),
         },
         "row_counts": {
             "dagster/row_count": len(examples.counts),
-            "counts": preview(con, f"SELECT * FROM row_counts {of_day}"),
+            "counts": preview(con, f"SELECT * FROM row_counts WHERE ds = '{day}'"),
         },
-        "feature_missingness": {**audit, "dagster/row_count": audit["rules"]},
+        "feature_missingness": audit,
     }
+
+
+def _by_reason(con: "DuckDBPyConnection", day: date) -> dg.MarkdownMetadataValue:
+    counts = f"SELECT source, reason, count(*) AS rows FROM rejected_rows WHERE ds = '{day}' GROUP BY ALL"
+    return preview(con, f"{counts} ORDER BY rows DESC", 100)
 
 
 def _means(con: "DuckDBPyConnection") -> str:

@@ -1,4 +1,4 @@
-"""The logs stage: one day as received, its faulty rows set apart, published as `impressions` and scores."""
+"""The logs stage: one day as received, its faulty rows set apart, staged as `impressions` and scores."""
 
 from datetime import date
 
@@ -7,6 +7,7 @@ import dagster as dg
 from mtmd_assets.assets.common import Done, asset_key, preview
 from mtmd_assets.home import Site
 from mtmd_assets.intake import take_in, write_intake
+from mtmd_assets.warehouse import Stage
 
 TABLES = ("impressions",)
 SCORES = ("heavyweight_scores",)
@@ -31,17 +32,16 @@ def specs(site: Site) -> list[dg.AssetSpec]:
     ]
 
 
-def publish(site: Site, day: date, run_id: str) -> Done:
-    """Read a day from the source and publish it.
+def build(site: Site, day: date, stage: Stage) -> Done:
+    """Read a day from the source and stage it.
 
     Raises:
-        BadFile: if the day cannot be used; then nothing is published.
+        BadFile: if the day cannot be used.
     """
     log = site.source.read(day)
-    with site.warehouse.stage(run_id) as stage, site.warehouse.connect() as con:
+    with stage.connect() as con:
         intake = take_in(site.platform, log, day, con)
         write_intake(con, stage, day)
-        stage.publish()
         metadata = {
             "impressions": {
                 "dagster/row_count": intake.accepted,

@@ -10,6 +10,7 @@ from mtmd_assets.assets.common import Done, asset_key, preview
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
+from mtmd_assets.warehouse import Stage
 
 MODEL = ("heavyweight_ranker",)
 
@@ -37,7 +38,7 @@ def specs(site: Site) -> list[dg.AssetSpec]:
     ]
 
 
-def train(site: Site, day: date, run_id: str) -> Done | None:
+def train(site: Site, day: date, stage: Stage) -> Done | None:
     """Train the ranker whose last day is `day`; None where no ranker's window ends on it.
 
     Raises:
@@ -47,8 +48,8 @@ def train(site: Site, day: date, run_id: str) -> Done | None:
     following = day + timedelta(1)
     if following < platform.scored_from or ranker.ranker_day(platform, following) != day:
         return None
-    with site.warehouse.connect() as con:
-        info = ranker.train_ranker(con, platform, site.warehouse, day, _folder(site, day))
+    with stage.connect() as con:
+        info = ranker.train_ranker(con, platform, stage, day, _folder(site, day))
     tasks = [(t, i.rows, i.positives, i.trees, i.holdout_auc) for t, i in info.tasks.items()]
     importance = {t: sorted(i.importance.items(), key=lambda kv: -kv[1])[:10] for t, i in info.tasks.items()}
     top = [
@@ -69,8 +70,8 @@ def train(site: Site, day: date, run_id: str) -> Done | None:
     )
 
 
-def score(site: Site, day: date, run_id: str) -> Done | None:
-    """Publish the ranker's scores of a day; None for days within its training window.
+def score(site: Site, day: date, stage: Stage) -> Done | None:
+    """Stage the ranker's scores of a day; None for days within its training window.
 
     Raises:
         Withheld: if the day's impressions or the ranker are missing.
@@ -85,11 +86,10 @@ def score(site: Site, day: date, run_id: str) -> Done | None:
         raise Withheld(
             f"scores need the ranker of {trained}: run {platform.name}_data for these days first", [last_day]
         )
-    with site.warehouse.stage(run_id) as stage, site.warehouse.connect() as con:
-        scores = ranker.score_day(con, platform, site.warehouse, day, folder)
+    with stage.connect() as con:
+        scores = ranker.score_day(con, platform, stage, day, folder)
         con.register("scores", scores)
         stage.write(con, "heavyweight_scores", day, "FROM scores")
-        stage.publish()
         auc = ranker.day_auc(con, platform, day, scores)
         overall = {row["task"]: row["auc"] for row in auc.filter(auc["surface"].is_null()).iter_rows(named=True)}
         return Done(

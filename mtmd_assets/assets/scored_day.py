@@ -9,10 +9,12 @@ import dagster as dg
 
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import asset_key, daily_partitions
+from mtmd_assets.assets.training import verify_window
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
 from mtmd_assets.model_store import ModelRecord
+from mtmd_assets.runs import sign
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -69,6 +71,7 @@ def scored_day_assets(
         backfill_policy=dg.BackfillPolicy.multi_run(1),
     )
     def scored_day(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        sign(context)
         day = date.fromisoformat(context.partition_key)
         first = platform.first_window_end + timedelta(1)
         if day < first:
@@ -91,7 +94,6 @@ def _model_of(site: Site, day: date) -> "tuple[ModelRecord, Predictor]":
     Raises:
         Withheld: if it, or the day's examples, is not there.
     """
-    if not site.warehouse.published("joined_examples", day):
-        raise Withheld(f"joined_examples of {day} is not published: run {site.platform.name}_data for it")
+    verify_window(site, [day])
     record = model_store.trained_on(site, day - timedelta(1))
     return record, model_store.load(site, record)

@@ -16,6 +16,7 @@ from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import loss_curve
 from mtmd_assets.platform import Platform
+from mtmd_assets.runs import sign
 
 if TYPE_CHECKING:
     from mtmd_model.train import TrainConfig
@@ -38,6 +39,7 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
         output_required=False,
     )
     def models(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        sign(context)
         day = date.fromisoformat(context.partition_key)
         if day < platform.first_window_end:
             context.log.info(f"{day}: nothing to do, the first whole window ends on {platform.first_window_end}")
