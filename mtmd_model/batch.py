@@ -82,14 +82,16 @@ class TowerInput:
             None if self.groups is None else self.groups.to(device, non_blocking=non_blocking),
         )
 
-    @staticmethod
-    def concat(parts: "list[TowerInput]") -> "TowerInput":
-        """Blocks one after another."""
-        return TowerInput(
-            torch.cat([p.dense for p in parts]),
-            torch.cat([p.ids for p in parts]),
-            torch.cat([p.domain for p in parts]),
-        )
+    def empty(self, rows: int) -> "TowerInput":
+        """As many rows of the same widths and types, to be filled."""
+        dense, ids, domain = (x.new_empty(rows, *x.shape[1:]) for x in (self.dense, self.ids, self.domain))
+        return TowerInput(dense, ids, domain)
+
+    def copy_(self, other: "TowerInput") -> None:
+        """Take over another input's rows."""
+        self.dense.copy_(other.dense)
+        self.ids.copy_(other.ids)
+        self.domain.copy_(other.domain)
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,14 @@ class Batch:
             self.weight.to(device, non_blocking=non_blocking),
         )
 
-    @staticmethod
-    def concat(parts: "list[Batch]") -> "Batch":
-        """Blocks one after another."""
-        return Batch(
-            TowerInput.concat([p.query for p in parts]),
-            TowerInput.concat([p.item for p in parts]),
-            torch.cat([p.labels for p in parts]),
-            torch.cat([p.weight for p in parts]),
-        )
+    def empty(self, rows: int) -> "Batch":
+        """As many rows of the same widths and types, to be filled."""
+        labels, weight = self.labels.new_empty(rows, self.labels.shape[1]), self.weight.new_empty(rows)
+        return Batch(self.query.empty(rows), self.item.empty(rows), labels, weight)
+
+    def copy_(self, other: "Batch") -> None:
+        """Take over another batch's rows."""
+        self.query.copy_(other.query)
+        self.item.copy_(other.item)
+        self.labels.copy_(other.labels)
+        self.weight.copy_(other.weight)

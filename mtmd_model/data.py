@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lightning as L
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -29,10 +30,23 @@ def load(encoder: Encoder, files: Sequence[str | Path]) -> Batch:
     Raises:
         ValueError: no rows.
     """
-    parts = list(blocks(encoder, files))
-    if not sum(len(part) for part in parts):
+    total = 0
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            total += file.metadata.num_rows
+    if not total:
         raise ValueError(f"no rows in {[str(f) for f in files]}")
-    return Batch.concat(parts)
+    # filled block by block: a list of blocks and their concatenation would hold every row twice
+    window: Batch | None = None
+    start = 0
+    for block in blocks(encoder, files):
+        if window is None:
+            window = block.empty(total)
+        window.slice(start, start + len(block)).copy_(block)
+        start += len(block)
+    if window is None or start != total:
+        raise ValueError(f"{[str(f) for f in files]} have {start} rows, their footers say {total}")
+    return window
 
 
 class Feed:

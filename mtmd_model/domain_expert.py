@@ -5,17 +5,14 @@ Shapes: B rows of one domain, T tasks of the domain, H width of an expert's outp
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mtmd_model.config import MTMDConfig
 from mtmd_model.cross import LowRankCross
 from mtmd_model.domain_adaptation import Adapted
 from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm
-
-if TYPE_CHECKING:
-    from mtmd_model.mtmd import MTMDConfig
 
 EXPERTS = ("deep", "task_shared", "domain_shared")
 """What the routing layer weighs, in the order of its outputs."""
@@ -44,7 +41,7 @@ class DomainExpert(nn.Module):
         config: widths of the experts, place of the LayerNorm, rank of the cross layers.
     """
 
-    def __init__(self, widths: tuple[int, ...], d_own: int, d_key: int, config: "MTMDConfig") -> None:
+    def __init__(self, widths: tuple[int, ...], d_own: int, d_key: int, config: MTMDConfig) -> None:
         super().__init__()
         tasks, d_mixed = len(widths), len(EXPERTS) * config.deep[-1]
         self.norm_place = config.norm
@@ -71,10 +68,9 @@ class DomainExpert(nn.Module):
         """The adapted rows and the tower's shared expert's output for them."""
         experts_EBH = self.deep_and_task_shared(x.own_BD)
         deep_TBH, task_shared_BH = experts_EBH[:-1], experts_EBH[-1]
-        logits_TBE = self.router(x.own_BD)
-        # at least fp32: a gate in bf16 has three digits
-        gates_TBE = logits_TBE.to(torch.promote_types(logits_TBE.dtype, torch.float32)).softmax(-1)
-        g_deep, g_task, g_domain = gates_TBE.to(deep_TBH.dtype).split(1, -1)
+        gates_TBE = self.gates(x.own_BD)
+        # the gates stay in fp32 where the experts are bf16: one in bf16 has three digits
+        g_deep, g_task, g_domain = gates_TBE.split(1, -1)
         mixed_TBM = torch.cat([g_deep * deep_TBH, g_task * task_shared_BH, g_domain * domain_shared_BH], -1)
 
         pre = self.norm_place == "pre"
@@ -84,3 +80,8 @@ class DomainExpert(nn.Module):
         for project, crossed_BM, shallow_BH in tasks:
             parts += [project(crossed_BM), shallow_BH]
         return ExpertOutput(torch.cat(parts, 1), gates_TBE)
+
+    def gates(self, own_BD: Tensor) -> Tensor:
+        """(B, D) -> (T, B, experts), each row's weights, in fp32 at least, also under autocast."""
+        with torch.autocast(own_BD.device.type, enabled=False):
+            return self.router(own_BD.to(torch.promote_types(own_BD.dtype, torch.float32))).softmax(-1)

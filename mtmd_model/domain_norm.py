@@ -20,14 +20,15 @@ class DomainNorm(nn.Module):
     domain with ten rows in a batch would otherwise be normalised by the noise of ten rows, and scored by
     other numbers than it was trained with. The first batch is normalised exactly as `nn.BatchNorm1d` would.
 
-    A feature with fewer than two observed values in a batch leaves that feature's statistics alone.
+    A feature of which the domain has shown fewer than two values, or one value only, says nothing yet: it
+    counts as missing, so that a value never met in training cannot enter unscaled.
 
     Args:
         present: for each dense feature of the tower, whether this domain has it.
-        clip: bound of the standardised value, in standard deviations. A feature that was constant in training
-            has almost no standard deviation, and a new value must not explode.
+        clip: bound of the standardised value, in standard deviations.
         horizon: observed values after which the cumulative mean becomes an exponential one.
-        floor: smallest variance, also relative to the squared mean (times 1e-6).
+        floor: variance up to which a feature counts as constant, also relative to the squared mean (times 1e-12:
+            above fp32's rounding of the input, below the spread of a day's timestamps).
 
     Reference: Ioffe and Szegedy, ICML 2015, https://arxiv.org/abs/1502.03167; one a domain as in the paper.
     """
@@ -38,7 +39,7 @@ class DomainNorm(nn.Module):
     var: Tensor
 
     def __init__(
-        self, present: Sequence[bool], clip: float = 5.0, horizon: int = 1_000_000, floor: float = 1e-8
+        self, present: Sequence[bool], clip: float = 5.0, horizon: int = 1_000_000, floor: float = 1e-24
     ) -> None:
         super().__init__()
         features = len(present)
@@ -64,10 +65,10 @@ class DomainNorm(nn.Module):
         share_F = n_F / (old_F + n_F).clamp_min(1)
         shift_F = mean_F - self.mean
         merged_F = (1 - share_F) * self.var + share_F * var_F + share_F * (1 - share_F) * shift_F.square()
-        seen_F = n_F >= 2
+        seen_F = n_F >= 1
         self.var.copy_(torch.where(seen_F, merged_F, self.var))
         self.mean.copy_(torch.where(seen_F, self.mean + share_F * shift_F, self.mean))
-        self.count.copy_(torch.where(seen_F, self.count + n_F, self.count))
+        self.count.add_(n_F)
 
     def forward(self, x_BF: Tensor) -> Tensor:
         """(B, F) with NaN where missing -> (B, F) without NaN, in the dtype of the parameters."""
@@ -75,7 +76,9 @@ class DomainNorm(nn.Module):
         x_BF = torch.where(observed_BF, x_BF, 0)
         if self.training:
             self._update(x_BF, observed_BF)
-        floor_F = (1e-6 * self.mean.square()).clamp_min(self.floor)
-        std_F = torch.maximum(self.var, floor_F).sqrt()
+        floor_F = (1e-12 * self.mean.square()).clamp_min(self.floor)
+        known_F = (self.count >= 2) & (self.var > floor_F)
+        std_F = torch.where(known_F, self.var, 1.0).sqrt()
         standard_BF = ((x_BF - self.mean) / std_F).clamp(-self.clip, self.clip).to(self.gain.dtype)
-        return torch.where(observed_BF, torch.addcmul(self.bias, standard_BF, self.gain), self.missing)
+        usable_BF = observed_BF & known_F
+        return torch.where(usable_BF, torch.addcmul(self.bias, standard_BF, self.gain), self.missing)

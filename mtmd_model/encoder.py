@@ -3,7 +3,6 @@
 Shapes: N rows, F dense features, C categorical features, T tasks.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,7 +151,8 @@ def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
     vocabularies = {}
     for f in categorical:
         if f.min_count is not None:
-            frequent = (value for value, n in counts[f.name].items() if n >= f.min_count)
+            found = counts[f.name]
+            frequent = found.filter(pc.greater_equal(found["n"], f.min_count))["value"].to_pylist()
             vocabularies[f.name] = Vocabulary(tuple(sorted(frequent)))
         else:
             vocabularies[f.name] = Vocabulary(f.vocabulary, f.buckets)
@@ -176,6 +176,17 @@ def to_float(column: pa.ChunkedArray, name: str, log1p: bool = False) -> NDArray
     Raises:
         ValueError: a type that is not a number.
     """
+    x = _numbers(column, name)
+    if log1p:
+        x = np.sign(x) * np.log1p(np.abs(x))
+    with np.errstate(over="ignore"):
+        out = x.astype(np.float32)
+    out[~np.isfinite(out)] = np.nan
+    return out
+
+
+def _numbers(column: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
+    """(N,) float64, NaN where null."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     column = column.cast(kind)
     if pa.types.is_date(kind):
@@ -190,27 +201,23 @@ def to_float(column: pa.ChunkedArray, name: str, log1p: bool = False) -> NDArray
         raise ValueError(f"column {name!r} must hold numbers, got {kind}")
     if pa.types.is_uint64(kind) or pa.types.is_int64(kind):
         column = pc.cast(column, pa.float64(), safe=False)
-    x = np.array(column.cast(pa.float64()).to_numpy(), np.float64)
-    if log1p:
-        x = np.sign(x) * np.log1p(np.abs(x))
-    with np.errstate(over="ignore"):
-        out = x.astype(np.float32)
-    out[~np.isfinite(out)] = np.nan
-    return out
+    return np.array(column.cast(pa.float64()).to_numpy(), np.float64)
 
 
 def _score(table: pa.Table, name: str) -> NDArray[np.float32]:
     if name not in table.column_names:
         raise ValueError(f"the table lacks the column {name!r}; it has {table.column_names}")
-    score = to_float(table[name], name)
+    score = _numbers(table[name], name)  # before infinity becomes missing
     if ((score < 0) | (score > 1)).any():
         raise ValueError(f"{name!r} must lie in [0, 1], got {np.nanmin(score)} to {np.nanmax(score)}")
-    return score
+    return score.astype(np.float32)
 
 
-def _count(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, Counter[str]]:
-    """How often each canonical value of each column occurs."""
-    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+def _count(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, pa.Table]:
+    """How often each canonical value of each column occurs: `value`, `n`."""
+    empty = pa.table({"value": pa.array([], pa.large_string()), "n": pa.array([], pa.int64())})
+    merged = dict.fromkeys(names, empty)
+    pending: dict[str, list[pa.Table]] = {name: [] for name in names}
     for table in read_tables(files, names) if names else ():
         missing = [name for name in names if name not in table.column_names]
         if missing:
@@ -218,7 +225,15 @@ def _count(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, Count
         for name in names:
             uniques, index = distinct(table[name])
             seen = np.bincount(index[index >= 0], minlength=len(uniques))
-            for value, n in zip(canonical(uniques).to_pylist(), seen.tolist(), strict=True):
-                if value is not None:
-                    counts[name][value] += n
-    return counts
+            pending[name].append(pa.table({"value": canonical(uniques), "n": pa.array(seen, pa.int64())}))
+            # merged whenever it has doubled: neither every time nor all at the end
+            if sum(len(part) for part in pending[name]) > len(merged[name]):
+                merged[name], pending[name] = _sum_counts([merged[name], *pending[name]]), []
+    return {name: _sum_counts([merged[name], *pending[name]]) for name in names}
+
+
+def _sum_counts(parts: Sequence[pa.Table]) -> pa.Table:
+    """One row a value, null left out."""
+    whole = pa.concat_tables(parts)
+    summed = whole.filter(pc.is_valid(whole["value"])).group_by("value").aggregate([("n", "sum")])
+    return pa.table({"value": summed["value"], "n": summed["n_sum"]})

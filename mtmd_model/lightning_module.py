@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtmd_model.batch import Batch
 from mtmd_model.loss import kl_divergence, kl_loss
@@ -40,15 +40,15 @@ class OptimiserConfig:
     """Of the embedding tables."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a finite number above 0, got {self.learning_rate!r}")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"schedule must be 'cosine' or 'constant', got {self.schedule!r}")
         for name in ("warmup_share", "final_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        if self.weight_decay < 0 or self.embedding_weight_decay < 0:
-            both = self.weight_decay, self.embedding_weight_decay
+        both = self.weight_decay, self.embedding_weight_decay
+        if not all(0 <= decay < math.inf for decay in both):
             raise ValueError(f"weight decays must be 0 or more, got {both}")
 
     def share(self, step: int, steps: int) -> float:
@@ -93,7 +93,8 @@ class RankerModule(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The batch's loss, a scalar."""
         loss = kl_loss(self.model(batch).float(), batch.labels, batch.weight, self.task_weight_T)
-        self.train_sum += torch.stack([loss.detach() * len(batch), torch.ones_like(loss) * len(batch)])
+        weight = batch.weight.sum()
+        self.train_sum += torch.stack([loss.detach() * weight, weight])
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -103,7 +104,8 @@ class RankerModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Add the batch to the sums."""
-        z_BT, t_BT = self.model(batch).double(), batch.labels.double()
+        with torch.autocast(self.device.type, enabled=False):
+            z_BT, t_BT = self.model(batch).double(), batch.labels.double()
         exists_BT = ~t_BT.isnan()
         weight_B1 = batch.weight.double()[:, None]
         loss_B = kl_divergence(z_BT, t_BT) @ self.task_weight_T.double()
@@ -133,13 +135,9 @@ class RankerModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, with the learning rate set at every step."""
-        tables = self.model.embedding_tables()
-        is_table = {id(p) for p in tables}
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, p in self.model.named_parameters():
-            if id(p) not in is_table:
-                (matrices if is_matrix(name, p) else others).append(p)
+        tables, matrices = self.model.embedding_tables(), self.model.matrices()
+        decaying = {id(p) for p in [*tables, *matrices]}
+        others = [p for p in self.model.parameters() if id(p) not in decaying]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": self.optimiser.weight_decay},
             {"params": tables, "weight_decay": self.optimiser.embedding_weight_decay},
@@ -152,8 +150,3 @@ class RankerModule(L.LightningModule):
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: self.optimiser.share(step, steps))
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def is_matrix(name: str, p: nn.Parameter) -> bool:
-    """Whether a parameter is a weight matrix, or a group of them; gains and biases are rows."""
-    return p.dim() >= 2 and p.shape[-2] > 1 and "bias" not in name

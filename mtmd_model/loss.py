@@ -29,7 +29,8 @@ def kl_divergence(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
 def kl_loss(logits_BT: Tensor, labels_BT: Tensor, weight_B: Tensor, task_weight_T: Tensor) -> Tensor:
     """Weighted mean over rows of the weighted sum over tasks of the KL divergence, a scalar.
 
-    Divided by the rows' weights alone: a row pulls equally hard whatever slices share its batch.
+    Divided by the rows' weights alone: a row pulls equally hard whatever slices share its batch. Zero,
+    with a zero gradient, where no row has a weight.
     """
     row_B = kl_divergence(logits_BT, labels_BT) @ task_weight_T
-    return (row_B * weight_B).sum() / weight_B.sum()
+    return (row_B * weight_B).sum() / weight_B.sum().clamp_min(torch.finfo(weight_B.dtype).tiny)

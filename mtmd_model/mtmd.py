@@ -3,103 +3,20 @@
 Shapes: B rows, T tasks, S surfaces, P products, D width of a task's stored vector.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtmd_model.batch import TowerInput
-from mtmd_model.schema import Schema, Task
+from mtmd_model.batch import Batch, TowerInput
+from mtmd_model.config import MTMDConfig
+from mtmd_model.routing import routing_summary
+from mtmd_model.schema import Schema
 from mtmd_model.slices import existing_slices
 from mtmd_model.towers import Tower
 from mtmd_model.two_tower import TwoTower
-
-
-@dataclass(frozen=True)
-class MTMDConfig:
-    """Sizes and switches; the defaults are the paper's.
-
-    Raises:
-        ValueError: a value that no model can have.
-    """
-
-    deep: tuple[int, ...] = (512, 256, 128, 128)
-    """Widths of a deep, task-shared or domain-shared expert (sections 2.1.3, 2.1.4)."""
-    shallow: tuple[int, ...] = (128, 64)
-    """Widths of a shallow expert (section 2.1.3)."""
-    router: tuple[int, ...] = (128, 64)
-    """Widths of the routing layer before its last, linear one (section 2.1.5)."""
-    width_divisor: int = 1
-    """Every task's emb_deep is as wide as the platform says divided by this."""
-    unconstrained_width: int = 64
-    """Width of every task's emb_deep without constrained modelling (section 2.3), before the divisor."""
-    constrained: bool = True
-    """P(child) = P(child | parent) P(parent) (section 2.3); if not, every task's logit is its own."""
-    norm: Literal["pre", "post", "none"] = "pre"
-    """LayerNorm before or after the cross layers (section 2.1.5, table 6)."""
-    cross_layers: int = 2
-    """Number of DCN-v2 layers; 0 leaves them out."""
-    cross_rank: float = 0.25
-    """Their rank, as a share of their width."""
-    se_reduction: int = 2
-    """Hidden units of squeeze-and-excitation: fields divided by this."""
-    norm_clip: float = 5.0
-    """Largest standardised dense feature, in standard deviations."""
-    norm_horizon: int = 1_000_000
-    """Observed values after which a domain's statistics start to forget."""
-    embedding_std: float = 0.05
-    """Standard deviation of a new embedding table."""
-    dropout: float = 0.0
-    """Dropped share of each expert layer's output in training; the paper has none."""
-
-    def __post_init__(self) -> None:
-        for name in ("deep", "shallow", "router"):
-            widths = getattr(self, name)
-            if not widths or min(widths) < 1:
-                raise ValueError(f"{name} must hold at least one width of 1 or more, got {widths!r}")
-        if self.norm not in ("pre", "post", "none"):
-            raise ValueError(f"norm must be 'pre', 'post' or 'none', got {self.norm!r}")
-        for name in ("width_divisor", "unconstrained_width", "se_reduction", "norm_horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
-        if self.cross_layers < 0:
-            raise ValueError(f"cross_layers must be 0 or more, got {self.cross_layers!r}")
-        if not 0 < self.cross_rank <= 1:
-            raise ValueError(f"cross_rank must be in (0, 1], got {self.cross_rank!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.norm_clip <= 0 or self.embedding_std < 0:
-            raise ValueError(
-                "norm_clip must be above 0 and embedding_std not below, "
-                f"got {self.norm_clip!r} and {self.embedding_std!r}"
-            )
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> "MTMDConfig":
-        """`paper` (for a GPU) or `small` (a quarter of every width, for CPUs and small data), with changes.
-
-        Raises:
-            ValueError: no such preset.
-        """
-        if name == "paper":
-            return replace(cls(), **changes)
-        if name == "small":
-            quarter = cls(deep=(128, 64, 32, 32), shallow=(32, 16), router=(32, 16), width_divisor=4)
-            return replace(quarter, **changes)
-        raise ValueError(f"preset must be 'paper' or 'small', got {name!r}")
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> "MTMDConfig":
-        """Inverse of `dataclasses.asdict`, also after a trip through JSON."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-        return cls(**values)
-
-    def embedding_width(self, task: Task) -> int:
-        """Width of a task's emb_deep."""
-        return max(1, (task.width if self.constrained else self.unconstrained_width) // self.width_divisor)
 
 
 class MTMD(TwoTower):
@@ -149,3 +66,16 @@ class MTMD(TwoTower):
         embeddings = self.item_tower(item).embeddings
         one_hot_BP = F.one_hot(item.domain, len(self.schema.products)).to(self.bias_TSP.dtype)
         return {task: torch.cat([e_BD, one_hot_BP], 1) for task, e_BD in embeddings.items()}
+
+    def normalisation(self) -> dict[str, Any]:
+        """Tower -> domain -> dense feature -> {mean, std, count} of its observed values."""
+        return {tower.side: tower.normalisation() for tower in (self.query_tower, self.item_tower)}
+
+    def routing(self, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+        """How the experts are weighed: see `routing.routing_summary`."""
+        was_training = self.training
+        self.eval()
+        try:
+            return routing_summary(self.query_tower, self.item_tower, batches)
+        finally:
+            self.train(was_training)

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtmd_model.encoder import Encoder
-from mtmd_model.mtmd import MTMD
-from mtmd_model.routing import routing_summary
 from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import existing_slices, tasks_of
 from mtmd_model.two_tower import TwoTower
@@ -54,11 +52,9 @@ class Predictor:
         Raises:
             ValueError: as `Encoder.encode`, or a model without routing layers.
         """
-        if not isinstance(self.model, MTMD):
-            raise ValueError(f"only MTMD has routing layers, got {type(self.model).__name__}")
         rows = self.encoder.encode(table, labels=False)
         starts = range(0, len(rows), self.batch_size)
-        return routing_summary(self.model, (rows.slice(s, s + self.batch_size) for s in starts))
+        return self.model.routing(rows.slice(s, s + self.batch_size) for s in starts)
 
     def predict(self, table: pa.Table) -> dict[str, NDArray[np.float64]]:
         """Task -> (N,) P(task | impression), NaN where the task does not exist in the row's slice.

@@ -11,34 +11,32 @@ from torch import Tensor
 
 from mtmd_model.batch import Batch
 from mtmd_model.domain_expert import EXPERTS
-from mtmd_model.mtmd import MTMD
+from mtmd_model.towers import Tower
 
 
-def routing_summary(model: MTMD, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+def routing_summary(query_tower: Tower, item_tower: Tower, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """One entry a tower, domain, task and expert, of the domains that have rows.
 
     Keys: tower, domain, task, expert, rows, mean_gate; max_gate_share, the share of the rows in which this
     expert has the largest weight; entropy, the mean over rows of the entropy of a row's weights, and
     entropy_of_mean, that of the mean weights, both in nats (ln 3 = 1.099 is uniform). A router that gives
-    every row the same weights has equal entropies; one that has collapsed has both near zero.
+    every row the same weights has equal entropies; one that has collapsed has both near zero. The towers are to
+    be in evaluation mode.
     """
     sums: dict[tuple[str, str], list[Tensor]] = {}
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    device = next(query_tower.parameters()).device
     with torch.inference_mode():
         for batch in batches:
             batch = batch.to(device)
-            for tower, x in ((model.query_tower, batch.query), (model.item_tower, batch.item)):
+            for tower, x in ((query_tower, batch.query), (item_tower, batch.item)):
                 for domain, gates_TBE in tower(x).gates.items():
-                    new, old = _sums(gates_TBE.double().cpu()), sums.get((tower.side, domain))
+                    new, old = _sums(gates_TBE.cpu().double()), sums.get((tower.side, domain))
                     total = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
                     sums[tower.side, domain] = total
-    model.train(was_training)
 
     out = []
     for (side, domain), (rows, gate_TE, first_TE, entropy_T) in sums.items():
-        tasks = (model.query_tower if side == "query" else model.item_tower).tasks[domain]
+        tasks = (query_tower if side == "query" else item_tower).tasks[domain]
         for t, task in enumerate(tasks):
             mean_E = gate_TE[t] / rows
             for e, expert in enumerate(EXPERTS):

@@ -57,13 +57,27 @@ class Task:
 
 @dataclass(frozen=True)
 class Schema:
-    """Domains, tasks (parents before children) and features of one platform."""
+    """Domains, tasks (parents before children) and features of one platform.
+
+    Raises:
+        ValueError: a task in a slice, or a feature in a domain, that the platform does not have.
+    """
 
     platform: str
     surfaces: tuple[str, ...]
     products: tuple[str, ...]
     tasks: tuple[Task, ...]
     features: tuple[Feature, ...]
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            unknown = [s for s in task.slices if s[0] not in self.surfaces or s[1] not in self.products]
+            if unknown:
+                raise ValueError(f"task {task.name!r} has the unknown slices {unknown}")
+        for feature in self.features:
+            domains = self.domains(feature.side)
+            if not set(feature.domains) <= set(domains):
+                raise ValueError(f"feature {feature.name!r} must have domains among {domains}, got {feature.domains}")
 
     def domains(self, side: Side) -> tuple[str, ...]:
         """The domains of one tower."""

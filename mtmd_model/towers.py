@@ -5,12 +5,13 @@ Shapes: B rows of a batch, T tasks, D width of a task's embedding.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtmd_model.batch import TowerInput
+from mtmd_model.config import MTMDConfig
 from mtmd_model.domain_adaptation import DomainAdaptation
 from mtmd_model.domain_expert import DomainExpert
 from mtmd_model.domain_norm import DomainNorm
@@ -18,9 +19,6 @@ from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN
 from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import tasks_of
-
-if TYPE_CHECKING:
-    from mtmd_model.mtmd import MTMDConfig
 
 
 def module_key(name: str) -> str:
@@ -51,7 +49,7 @@ class Tower(nn.Module):
         config: widths and sizes.
     """
 
-    def __init__(self, side: Side, schema: Schema, rows: Mapping[str, int], config: "MTMDConfig") -> None:
+    def __init__(self, side: Side, schema: Schema, rows: Mapping[str, int], config: MTMDConfig) -> None:
         super().__init__()
         self.side = side
         self.domains = schema.domains(side)
@@ -60,7 +58,7 @@ class Tower(nn.Module):
         self.widths = {task: deep + config.shallow[-1] for task, deep in deep_width.items()}
 
         features = schema.side(side)
-        dense = tuple(f for f in features if f.kind == "dense")
+        self.dense = dense = tuple(f for f in features if f.kind == "dense")
         categorical = tuple(f for f in features if f.kind == "categorical")
         self.embeddings = FeatureEmbeddings(categorical, rows, self.domains, config.embedding_std)
         self.adaptation = nn.ModuleDict()
@@ -76,6 +74,10 @@ class Tower(nn.Module):
 
     def forward(self, x: TowerInput) -> TowerOutput:
         """(B, ...) columns -> every task's embedding."""
+        if not len(x):
+            like = self.domain_shared.linears[0].weight
+            assert isinstance(like, Tensor)
+            return TowerOutput({task: like.new_zeros(0, width) for task, width in self.widths.items()}, {})
         groups = x.grouped(len(self.domains))
         dense_BF = x.dense.index_select(0, groups.order_B)
         ids_BC = x.ids.index_select(0, groups.order_B)
@@ -98,6 +100,17 @@ class Tower(nn.Module):
         norm = self.adaptation[module_key(domain)].norm
         assert isinstance(norm, DomainNorm)
         return norm.mean.tolist(), norm.var.tolist(), norm.count.tolist()
+
+    def normalisation(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Domain -> dense feature that it has -> {mean, std, count} of its observed values, for people to read."""
+        return {
+            domain: {
+                f.name: {"mean": mean, "std": var**0.5, "count": int(count)}
+                for f, mean, var, count in zip(self.dense, *self.statistics(domain), strict=True)
+                if domain in f.domains
+            }
+            for domain in self.domains
+        }
 
     def _all_tasks(self, domain: str, embedding_BW: Tensor) -> Tensor:
         """A domain's embeddings among zeros for the tasks it lacks, so that all domains have one width."""

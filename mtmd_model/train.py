@@ -1,12 +1,12 @@
 """One training run: files in, a model's folder out."""
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from mtmd_model import checkpoint
 from mtmd_model.architectures import build, config_to_dict
+from mtmd_model.batch import Batch
+from mtmd_model.config import MTMDConfig
 from mtmd_model.data import WindowData, slice_logits
 from mtmd_model.encoder import fit_encoder
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
-from mtmd_model.mtmd import MTMD, MTMDConfig
 from mtmd_model.predict import Predictor
 from mtmd_model.schema import Schema
-from mtmd_model.two_tower import TwoTower, count_parameters
+from mtmd_model.two_tower import count_parameters
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
 
@@ -53,9 +54,10 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights and the shuffles; on a CPU it decides every number."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to train."""
+    """Where to train: `gpu` is a CUDA device, `auto` one if there is one. No other has float64."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Of the matrix products; scores, gates, norms and sums stay in fp32."""
+    """Of the experts', cross layers' and projections' matrix products in training. Routing, dot products, losses and
+    weights stay in fp32, domain statistics and sums in float64; validation and predictions are fp32 throughout."""
     progress_bar: bool = False
     """Draw one."""
 
@@ -63,7 +65,7 @@ class TrainConfig:
         for name in ("batch_size", "max_epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
-        if self.gradient_clip < 0:
+        if not 0 <= self.gradient_clip < math.inf:
             raise ValueError(f"gradient_clip must be 0 or more, got {self.gradient_clip!r}")
         if self.accelerator not in ("auto", "cpu", "gpu"):
             raise ValueError(f"accelerator must be 'auto', 'cpu' or 'gpu', got {self.accelerator!r}")
@@ -119,12 +121,22 @@ def train(
         manifest: further JSON-ready entries for the manifest, such as `code_version` and `window`.
 
     Raises:
-        ValueError: files without rows or with rows that cannot be encoded, or a schema without a model.
-        RuntimeError: the loss is no longer a number.
+        ValueError: files without rows or with rows that cannot be encoded, a schema without a model, no label to
+            learn from or to stop on, no CUDA GPU where one is asked for, or a reserved entry of the manifest.
+        RuntimeError: a file changed while it was read, or a loss is not finite.
     """
+    checkpoint.check_entries(manifest or {})
+    accelerator = resolve_accelerator(config.accelerator)
     started = time.perf_counter()
+    hashes = {f: checkpoint.file_hash(f) for f in [*train_files, *validation_files]}
     encoder = fit_encoder(schema, train_files)
     data = WindowData(encoder, train_files, validation_files, config.batch_size, config.seed)
+    for f, digest in hashes.items():
+        if checkpoint.file_hash(f) != digest:
+            raise RuntimeError(f"{f} changed while it was read: train again")
+    _check_labels(data.window, "training")
+    if data.validation is not None:
+        _check_labels(data.validation, "validation")
     loaded = time.perf_counter()
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(config.seed)
@@ -134,7 +146,7 @@ def train(
         best = _BestEpoch(on_epoch)
         stop = EarlyStopping("validation_loss", patience=config.patience, check_finite=False)
         trainer = L.Trainer(
-            accelerator=config.accelerator,
+            accelerator=accelerator,
             devices=1,
             precision=config.precision,
             max_epochs=config.max_epochs,
@@ -153,16 +165,15 @@ def train(
         model.load_state_dict(best.weights)
     model.eval()
 
-    hashes = {str(f): _file_hash(f) for f in [*train_files, *validation_files]}
     entries = {
         "train_config": config.to_dict(),
         "seed": config.seed,
         "rows": {"train": len(data.window), "validation": len(data.validation or ())},
         "train_files": [str(f) for f in train_files],
         "validation_files": [str(f) for f in validation_files],
-        "data_hashes": hashes,
+        "data_hashes": dict(zip(_names(list(hashes)), hashes.values(), strict=True)),
         "params": count_parameters(model),
-        "normalisation": normalisation_summary(model),
+        "normalisation": model.normalisation(),
         "best_epoch": best.epoch,
         "history": module.history,
         "seconds": {"load": loaded - started, "fit": time.perf_counter() - loaded},
@@ -173,22 +184,27 @@ def train(
     return TrainResult(Predictor(model, encoder, written), written, Path(out_dir))
 
 
-def normalisation_summary(model: TwoTower) -> dict[str, Any]:
-    """Tower -> domain -> dense feature -> {mean, std, count} of its observed values, for people to read."""
-    if not isinstance(model, MTMD):
-        return {}
-    out: dict[str, Any] = {}
-    for tower in (model.query_tower, model.item_tower):
-        dense = [f for f in model.schema.side(tower.side) if f.kind == "dense"]
-        out[tower.side] = {
-            domain: {
-                f.name: {"mean": mean, "std": var**0.5, "count": int(count)}
-                for f, mean, var, count in zip(dense, *tower.statistics(domain), strict=True)
-                if domain in f.domains
-            }
-            for domain in tower.domains
-        }
-    return out
+def resolve_accelerator(name: str) -> Literal["cpu", "cuda"]:
+    """Lightning's name of where to train; its own `auto` would take a Mac's GPU, which has no float64.
+
+    Raises:
+        ValueError: `gpu` without a CUDA GPU.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "gpu" and not cuda:
+        raise ValueError("accelerator is 'gpu', but there is no CUDA GPU: use 'auto' or 'cpu'")
+    return "cuda" if cuda and name != "cpu" else "cpu"
+
+
+def _check_labels(window: Batch, name: str) -> None:
+    if not (~window.labels.isnan().all(1) & (window.weight > 0)).any():
+        raise ValueError(f"no {name} row has both a label and a weight above zero")
+
+
+def _names(files: Sequence[str | Path]) -> list[str]:
+    """A file's last two parts, `ds=2026-01-01/data.parquet`: the same wherever the lake lies. Whole if not unique."""
+    short = ["/".join(Path(f).parts[-2:]) for f in files]
+    return short if len(set(short)) == len(short) else [str(f) for f in files]
 
 
 class _BestEpoch(L.Callback):
@@ -204,9 +220,10 @@ class _BestEpoch(L.Callback):
         # Lightning calls callbacks before the module, whose history therefore lacks this epoch
         assert isinstance(pl_module, RankerModule)
         entry = pl_module.finish_epoch()
-        loss = entry["train_loss"] if entry["validation_loss"] is None else entry["validation_loss"]
-        if loss != loss:
-            raise RuntimeError(f"the loss of epoch {entry['epoch']} is not a number: lower the learning rate")
+        loss = entry["validation_loss"]
+        for name in ("train_loss", "validation_loss"):
+            if entry[name] is not None and not math.isfinite(entry[name]):
+                raise RuntimeError(f"{name} of epoch {entry['epoch']} is {entry[name]}, not a finite number")
         if entry["validation_loss"] is None:
             self.epoch = entry["epoch"]
         elif loss < self.loss:
@@ -233,11 +250,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _file_hash(path: str | Path) -> str:
-    digest = sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

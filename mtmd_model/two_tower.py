@@ -5,13 +5,17 @@ Training, checkpoints and predictions know this class only, so that a contender 
 Shapes: B rows, T tasks, D width of a task's stored vector.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtmd_model.batch import Batch, TowerInput
 from mtmd_model.constrained import joint_logits
+from mtmd_model.cross import LowRankCross
+from mtmd_model.embeddings import FeatureEmbeddings
+from mtmd_model.ffn import GroupedLinear
 from mtmd_model.schema import Schema
 
 
@@ -50,7 +54,30 @@ class TwoTower(nn.Module):
 
     def embedding_tables(self) -> list[nn.Parameter]:
         """The parameters that are embedding tables; all others count as dense."""
-        return [p for n, p in self.named_parameters() if ".tables." in n]
+        return [p for m in self.modules() if isinstance(m, FeatureEmbeddings) for p in m.tables.parameters()]
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The weight matrices of the linear maps, the parameters that decay."""
+        found: list[nn.Parameter] = []
+        for module in self.modules():
+            if isinstance(module, nn.Linear | GroupedLinear):
+                assert isinstance(module.weight, nn.Parameter)
+                found.append(module.weight)
+            elif isinstance(module, LowRankCross):
+                found.extend(module.downs.parameters())
+        return found
+
+    def normalisation(self) -> dict[str, Any]:
+        """What its parts normalise by, JSON-ready, for people to read; nothing unless a subclass says so."""
+        return {}
+
+    def routing(self, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+        """How it weighs its experts on some rows, one entry an expert.
+
+        Raises:
+            ValueError: a model without routing layers.
+        """
+        raise ValueError(f"{type(self).__name__} has no routing layers")
 
     def unconditional(self, logits_BT: Tensor) -> Tensor:
         """(B, T) logits of the dot products -> (B, T) logits of P(task | impression)."""

@@ -45,8 +45,9 @@ class Vocabulary:
         return FIRST + (len(self.values) if self.values is not None else self.buckets or 0)
 
     @cached_property
-    def _value_set(self) -> pa.Array:
-        return pa.array(self.values, pa.large_string())
+    def _row(self) -> dict[str, int]:
+        """Built once: Arrow's `index_in` hashes all values again at every call."""
+        return {value: row for row, value in enumerate(self.values or (), FIRST)}
 
     def lookup(self, column: pa.ChunkedArray | pa.Array) -> NDArray[np.int32]:
         """The row of each value, (N,).
@@ -67,8 +68,8 @@ class Vocabulary:
     def _rows_of(self, strings: pa.Array) -> NDArray[np.int32]:
         """The row of each distinct canonical string; null is missing."""
         if self.values is not None:
-            found = pc.fill_null(pc.index_in(strings, value_set=self._value_set), UNKNOWN - FIRST)
-            rows = found.to_numpy(zero_copy_only=False).astype(np.int32) + FIRST
+            found = (self._row.get(value, UNKNOWN) for value in strings.to_pylist())
+            rows = np.fromiter(found, np.int32, len(strings))
         else:
             rows = (stable_hash(strings) % np.uint64(self.buckets or 1)).astype(np.int32) + FIRST
         return np.where(_valid(strings), rows, MISSING).astype(np.int32)

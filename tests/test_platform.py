@@ -1,13 +1,25 @@
 """The platform file: what is refused, and what is derived from it."""
 
-from datetime import date
+import json
+import re
+from datetime import date, datetime
 
+import duckdb
+import polars as pl
 import pytest
 import yaml
 
+import sql
+from mtmd_assets.contract import measure_contract
 from mtmd_assets.faults import PlatformError
+from mtmd_assets.home import Home
+from mtmd_assets.intake import take_in, write_intake
+from mtmd_assets.join import build_examples
 from mtmd_assets.platform import load_platform, parse_platform, shipped_platform
-from mtmd_assets.tables import tables
+from mtmd_assets.platform_names import RESERVED, column_name
+from mtmd_assets.sources import LogDay
+from mtmd_assets.tables import settings, tables
+from mtmd_assets.warehouse import Warehouse
 
 MINIMAL = """
 name: toy
@@ -36,80 +48,353 @@ def broken(**changes):
     return yaml.safe_dump(content)
 
 
-@pytest.mark.parametrize(
-    ("changes", "key", "received"),
-    [
-        ({"colour": "red"}, "colour", "red"),
-        ({"tasks": lambda t: [*t, {"name": "cvr", "given": "sale"}]}, "tasks.3.given", "sale"),
-        ({"tasks": lambda t: [t[1], t[0]]}, "tasks.0.given", "ctr"),
-        ({"tasks": lambda t: [{**t[0], "products": ["shopping"]}, t[2]]}, "tasks.1", "standard"),
-        ({"tasks": lambda t: [{**t[0], "weight": 0}]}, "tasks.0.weight", "0"),
-        (
-            {"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "dense", "surfaces": ["maps"]}]},
-            "features.5.surfaces",
-            "maps",
-        ),
-        (
-            {"features": lambda f: [*f, {"name": "x", "side": "item", "kind": "dense", "products": ["video"]}]},
-            "features.5.products",
-            "video",
-        ),
-        (
-            {"features": lambda f: [*f, {"name": "x", "side": "item", "kind": "dense", "surfaces": ["feed"]}]},
-            "features.5",
-            "surfaces",
-        ),
-        ({"features": lambda f: [*f, f[0]]}, "features", "age"),
-        (
-            {"features": lambda f: [*f, {"name": "Robert'); DROP", "side": "query", "kind": "dense"}]},
-            "features.5.name",
-            "DROP",
-        ),
-        (
-            {"features": lambda f: [*f, {"name": "select", "side": "query", "kind": "dense"}]},
-            "features.5.name",
-            "select",
-        ),
-        ({"features": lambda f: [*f, {"name": "user_id", "side": "query", "kind": "dense"}]}, "features.5", "user_id"),
-        (
-            {"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "categorical"}]},
-            "features.5",
-            "exactly one of",
-        ),
-        (
-            {"features": lambda f: [*f, {"name": "x", "side": "query", "kind": "dense", "buckets": 3}]},
-            "features.5",
-            "buckets",
-        ),
-        ({"features": lambda f: f[:3]}, "features", "item tower"),
-        ({"surfaces": ["feed", "feed"]}, "surfaces", "feed"),
-        ({"surfaces": ["feed", "se arch"]}, "surfaces", "se arch"),
-        ({"time_zone": "Mars/Olympus"}, "time_zone", "Mars/Olympus"),
-        ({"start": "yesterday"}, "start", "yesterday"),
-        ({"end": "2025-01-01"}, "end", "2025-01-01"),
-        ({"source": {"kind": "kafka"}}, "source", "kafka"),
-        ({"source": {"kind": "kuairand", "data": "x"}}, "ranker", "ranker"),
-        ({"extras": {"age": "double"}}, "platform", "age"),
-        ({"join": {"sample_rate": 1.5}}, "join.sample_rate", "1.5"),
-        (
-            {
-                "features": lambda f: [
-                    *f,
-                    {"name": "h", "side": "item", "kind": "dense", "history": {"by": ["item"], "of": "ctr", "days": 3}},
-                ]
-            },
-            "features.5.history.by",
-            "item",
-        ),
-    ],
-)
+def more(key, *specs):
+    """The minimal file with further features or tasks."""
+    return {key: lambda old: [*old, *specs]}
+
+
+def feature(**keys):
+    """The minimal file with a sixth feature, a dense one of the query unless said otherwise."""
+    return more("features", {"name": "x", "side": "query", "kind": "dense", **keys})
+
+
+def categories(*values, **keys):
+    return feature(kind="categorical", vocabulary=list(values), **keys)
+
+
+def history(by, side="item", **keys):
+    return feature(side=side, history={"by": by, "of": "ctr", "days": 3, **keys})
+
+
+def parquet(scores=False, **source):
+    """The minimal file with logs of one's own."""
+    kept = {"heavyweight_scores": "there"} if scores else {}
+    return {
+        "source": {"kind": "parquet", "impressions": "here", **kept, **source},
+        **({} if scores else {"ranker": {"train_days": 3}}),
+    }
+
+
+def cross(*pairs):
+    return {**parquet(), "ranker": {"cross": [list(p) for p in pairs]}}
+
+
+NAN, INF = float("nan"), float("inf")
+
+MISTAKES = [
+    ({"colour": "red"}, "colour", "red"),
+    # tasks
+    (more("tasks", {"name": "cvr", "given": "sale"}), "tasks.3.given", "sale"),
+    (more("tasks", {"name": "impressions"}), "tasks.3.name", "impressions"),
+    (more("tasks", {"name": "user_id"}), "tasks.3.name", "user_id"),
+    (more("tasks", {"name": "left"}), "tasks.3.name", "left"),
+    (more("tasks", {"name": "high_score_play"}), "tasks.3.name", "high_score_play"),
+    (more("tasks", {"name": "gctr_of_ctr"}), "tasks.3.name", "gctr_of_ctr"),
+    (more("tasks", {"name": "ctr"}), "tasks.3.name", "ctr"),
+    (more("tasks", {"name": "cvr", "products": ["standard", "standard"]}), "tasks.3.products.1", "standard"),
+    (more("tasks", {"name": "cvr", "products": []}), "tasks.3.products", "[]"),
+    ({"tasks": lambda t: [t[1], t[0]]}, "tasks.0.given", "ctr"),
+    ({"tasks": lambda t: [{**t[0], "given": "ctr"}]}, "tasks.0.given", "ctr"),
+    ({"tasks": lambda t: [{**t[0], "given": "gctr"}, t[1]]}, "tasks.0.given", "gctr"),
+    ({"tasks": lambda t: [{**t[0], "products": ["shopping"]}, t[2]]}, "tasks.1.given", "standard"),
+    ({"tasks": lambda t: [{**t[0], "weight": 0}]}, "tasks.0.weight", "0"),
+    ({"tasks": lambda t: [{**t[0], "weight": INF}]}, "tasks.0.weight", "inf"),
+    ({"tasks": lambda t: [{**t[0], "weight": True}]}, "tasks.0.weight", "True"),
+    ({"tasks": lambda t: [{**t[0], "weight": "2"}]}, "tasks.0.weight", "2"),
+    ({"tasks": lambda t: [{**t[0], "width": True}]}, "tasks.0.width", "True"),
+    # who has a feature
+    (feature(surfaces=["maps"]), "features.5.surfaces", "maps"),
+    (feature(surfaces=["feed", "feed"]), "features.5.surfaces.1", "feed"),
+    (feature(side="item", products=["video"]), "features.5.products", "video"),
+    (feature(side="item", surfaces=["feed"]), "features.5.surfaces", "feed"),
+    (feature(products=["shopping"]), "features.5.products", "shopping"),
+    ({"features": lambda f: f[:3]}, "features", "item tower"),
+    ({"features": lambda f: f[1:2] + f[3:]}, "features", "feed"),
+    ({"features": lambda f: f[:4]}, "features", "standard"),
+    # names
+    (feature(name="age"), "features.5.name", "age"),
+    (feature(name="ctr"), "features.5.name", "ctr"),
+    (feature(name="ctr_of_impressions"), "features.5.name", "ctr_of_impressions"),
+    (feature(name="Robert'); DROP"), "features.5.name", "DROP"),
+    (feature(name="user_id"), "features.5.name", "user_id"),
+    (feature(name="outcome_ctr"), "features.5.name", "outcome_ctr"),
+    (feature(name="past_user_id"), "features.5.name", "past_user_id"),
+    *((feature(name=n), "features.5.name", n) for n in ("select", "left", "is", "positional", "false")),
+    *((feature(name=n), "features.5.name", n) for n in ("line", "file_row_number", "rows", "missing", "r", "s")),
+    ({"name": "dagster"}, "name", "dagster"),
+    ({"name": "My Ads"}, "name", "My Ads"),
+    ({"extras": {"age": "double"}}, "extras.age", "age"),
+    ({"extras": {"line": "double"}}, "extras.line", "line"),
+    ({"extras": {"outcome_ctr": "integer"}}, "extras.outcome_ctr", "outcome_ctr"),
+    ({"extras": {"bid": "money"}}, "extras.bid", "money"),
+    # encodings
+    (feature(kind="categorical"), "features.5", "exactly one of"),
+    (feature(kind="categorical", buckets=3, min_count=2), "features.5", "buckets"),
+    (feature(kind="categorical", buckets=True), "features.5.buckets", "True"),
+    (feature(kind="categorical", buckets=3, log1p=True), "features.5.log1p", "True"),
+    (feature(log1p=1), "features.5.log1p", "1"),
+    (feature(buckets=3), "features.5.buckets", "3"),
+    (feature(vocabulary=["a"]), "features.5.vocabulary", "a"),
+    (feature(type="text"), "features.5.type", "text"),
+    (feature(width=8), "features.5.width", "8"),
+    (feature(key=True), "features.5.key", "True"),
+    (feature(max_missing=NAN), "features.5.max_missing", "nan"),
+    (categories(), "features.5.vocabulary", "[]"),
+    (categories("a", "b", "a"), "features.5.vocabulary.2", "a"),
+    (categories("a", ""), "features.5.vocabulary.1", "''"),
+    (categories("a", 1824), "features.5.vocabulary.1", "1824"),
+    (categories(1, 2, "1", type="integer"), "features.5.vocabulary.2", "1"),
+    (categories(1, "one", type="integer"), "features.5.vocabulary.1", "one"),
+    (categories(1, "01", type="integer"), "features.5.vocabulary.1", "01"),
+    (categories(1, True, type="integer"), "features.5.vocabulary.1", "True"),
+    # history
+    (history(["item"]), "features.5.history.by.0", "item"),
+    (history(["item_id", "user_id"]), "features.5.history.by.1", "user_id"),
+    (history(["surface"]), "features.5.history.by.0", "surface"),
+    (history(["country"]), "features.5.history.by.0", "country"),
+    (history(["user_id", "item_id"], side="query"), "features.5.history.by.1", "item_id"),
+    (history(["product"], side="query"), "features.5.history.by.0", "product"),
+    (history(["advertiser"], side="query"), "features.5.history.by.0", "advertiser"),
+    (history(["x"]), "features.5.history.by.0", "x"),
+    (history(["item_id", "item_id"]), "features.5.history.by.1", "item_id"),
+    (history([]), "features.5.history.by", "[]"),
+    (history(["item_id"], of="sale"), "features.5.history.of", "sale"),
+    (history(["item_id"], per="sale"), "features.5.history.per", "sale"),
+    (history(["item_id"], prior=3), "features.5.history.prior", "3"),
+    (history(["item_id"], per="impressions", prior=INF), "features.5.history.prior", "inf"),
+    (history(["item_id"], days=401), "features.5.history.days", "401"),
+    # domains
+    ({"surfaces": ["feed", "feed"]}, "surfaces.1", "feed"),
+    ({"surfaces": ["feed", "se arch"]}, "surfaces.1", "se arch"),
+    ({"out_of_scope": {"surfaces": ["feed"]}}, "out_of_scope.surfaces", "feed"),
+    ({"out_of_scope": {"products": ["a", "a"]}}, "out_of_scope.products.1", "a"),
+    # days
+    ({"time_zone": "Mars/Olympus"}, "time_zone", "Mars/Olympus"),
+    ({"start": "yesterday"}, "start", "yesterday"),
+    ({"start": 20260101}, "start", "20260101"),
+    ({"start": date(1, 1, 1)}, "start", "0001-01-01"),
+    ({"start": date(1969, 12, 31)}, "start", "1969-12-31"),
+    ({"start": "2026-02-30"}, "start", "2026-02-30"),
+    ({"end": date(2201, 1, 1)}, "end", "2201-01-01"),
+    ({"end": "2025-01-01"}, "end", "2025-01-01"),
+    ({"end": "2026-01-07"}, "end", "2026-01-08"),
+    ({**parquet(), "end": "2026-01-10"}, "end", "2026-01-11"),
+    # sources and the ranker
+    ({"source": {"kind": "kafka"}}, "source", "kafka"),
+    ({"source": {"kind": "adworld", "seed": -1}}, "source.seed", "-1"),
+    ({"source": {"kind": "adworld", "seed": 2**31}}, "source.seed", str(2**31)),
+    ({"source": {"kind": "adworld", "rows_per_day": 1e3}}, "source.rows_per_day", "1000.0"),
+    ({"source": {"kind": "kuairand", "data": "x"}}, "ranker", "None"),
+    ({"ranker": {"train_days": 3}}, "ranker", "train_days"),
+    ({**parquet(scores=True), "ranker": {}}, "ranker", "{}"),
+    (cross(["user_id", "colour"]), "ranker.cross.0.1", "colour"),
+    (cross(["outcome_ctr", "item_id"]), "ranker.cross.0.0", "outcome_ctr"),
+    (cross(["user_id", "user_id"]), "ranker.cross.0", "user_id"),
+    (cross(["user_id", "price"], ["price", "user_id"]), "ranker.cross.1", "price"),
+    ({**parquet(), "ranker": {"seed": -1}}, "ranker.seed", "-1"),
+    ({**parquet(), "ranker": {"learning_rate": NAN}}, "ranker.learning_rate", "nan"),
+    (parquet(columns={"item": "ad"}), "source.columns.item", "ad"),
+    (parquet(columns={"score_ctr": "p"}), "source.columns.score_ctr", "p"),
+    (parquet(columns={"user_id": "id", "item_id": "id"}), "source.columns", "id"),
+    (parquet(columns={"item_id": "user_id"}), "source.columns.item_id", "user_id"),
+    (parquet(columns={"price": "age"}), "source.columns.price", "age"),
+    # numbers
+    ({"join": {"sample_rate": 1.5}}, "join.sample_rate", "1.5"),
+    ({"join": {"lateness_hours": INF}}, "join.lateness_hours", "inf"),
+    ({"join": {"lateness_hours": 9000}}, "join.lateness_hours", "9000"),
+    ({"drift": {"tolerance": INF}}, "drift.tolerance", "inf"),
+    ({"training": {"window_days": 401}}, "training.window_days", "401"),
+    ({"training": {"window_days": True}}, "training.window_days", "True"),
+    ({"training": {"learning_rate": INF}}, "training.learning_rate", "inf"),
+    ({"training": {"seed": 2**31}}, "training.seed", str(2**31)),
+    ({"schedule_hour": False}, "schedule_hour", "False"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "received"), MISTAKES)
 def test_mistakes_are_refused_with_file_key_and_value(changes, key, received):
     with pytest.raises(PlatformError) as error:
         parse_platform(broken(**changes), "toy.yaml")
     message = str(error.value)
-    assert message.startswith("toy.yaml: ")
-    assert key in message
+    assert message.startswith((f"toy.yaml: {key}: ", f"toy.yaml: {key}."))
     assert received in message
+    assert "(received " in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        feature(name="hour"),  # a keyword that is a column all the same
+        categories(1, "2", -3, type="integer"),
+        history(["item_id", "product", "advertiser"], per="impressions", prior=3),
+        history(["user_id", "surface", "country"], side="query", of="impressions"),
+        {"end": "2026-01-08"},
+        {**parquet(), "end": "2026-01-11"},
+        {"training": {"learning_rate": "2e-3"}},  # what YAML makes of it, for want of a point
+        {"join": {"lateness_hours": 24, "sample_rate": 1}},
+        cross(["user_id", "advertiser"], ["surface", "item_id"]),
+        parquet(columns={"item_id": "ad", "ts": "at", "ds": "day", "age": "user_id"}),
+        parquet(scores=True, columns={"ts": "time", "scored_at": "time", "score_ctr": "p"}),
+    ],
+)
+def test_what_is_right_is_accepted(changes):
+    parse_platform(broken(**changes), "toy.yaml")
+
+
+def test_one_mistake_is_one_line_and_two_are_two():
+    def lines(**changes):
+        with pytest.raises(PlatformError) as error:
+            parse_platform(broken(**changes), "toy.yaml")
+        return str(error.value).splitlines()
+
+    assert len(lines(tasks=[{"name": "ctr", "weight": 0}])) == 1
+    assert len(lines(tasks=[{"name": "ctr", "weight": 0}], drift={"days": 0})) == 2
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ([("a", "a")], "itself"),
+        ([("a", "b"), ("b", "a")], "a -> b -> a"),
+        ([("a", "b"), ("b", "c"), ("c", "a")], "a -> b -> c -> a"),
+        ([("a", "b"), ("b", None)], "before a"),
+    ],
+)
+def test_a_task_given_itself_a_circle_and_a_wrong_order_are_told_apart(tasks, said):
+    with pytest.raises(PlatformError, match=rf"toy\.yaml: tasks\.0\.given: .*{said}"):
+        parse_platform(broken(tasks=[{"name": n, "given": given} for n, given in tasks]), "toy.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        (MINIMAL + "tasks:\n  - {name: cvr}\n", "tasks", (7, 17)),
+        (MINIMAL.replace("{name: age, side", "{name: age, name: age2, side"), "name", (12, 12)),
+        (MINIMAL + '"start": 2026-01-02\n', "start", (3, 17)),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_lines(text, key, lines):
+    with pytest.raises(PlatformError) as error:
+        parse_platform(text, "toy.yaml")
+    message = str(error.value)
+    assert message.startswith(f"toy.yaml: {key}: ")
+    assert all(str(line) in message for line in lines)
+    assert "(received " in message
+
+
+def test_anchors_and_merges_are_read():
+    merged = MINIMAL.replace("{name: age, side: query, kind: dense}", "&q {name: age, side: query, kind: dense}")
+    platform = parse_platform(merged + "  - {<<: *q, name: more}\n", "toy.yaml")
+    assert platform.features[-1].name == "more"
+    assert platform.features[-1].side == "query"
+
+
+# -- names in SQL --------------------------------------------------------------------------------------------------
+
+
+def keywords(con):
+    return sorted(k for (k,) in con.execute("SELECT DISTINCT keyword_name FROM duckdb_keywords()").fetchall())
+
+
+def test_the_reserved_words_are_those_that_fail_as_columns():
+    statements = (
+        'SELECT {0} FROM (SELECT 7 AS "{0}")',
+        "SELECT 7 AS {0}",
+        "SELECT s.{0} FROM (SELECT {{{0}: 7}} AS s)",
+    )
+    with duckdb.connect() as con:
+
+        def works(statement):
+            try:
+                return con.execute(statement).fetchall() == [(7,)]
+            except duckdb.Error:
+                return False
+
+        failing = {k for k in keywords(con) if not all(works(s.format(k)) for s in statements)}
+    assert failing == RESERVED
+
+
+def test_every_name_that_is_accepted_goes_through_the_sql(tmp_path):
+    """DuckDB's keywords and the words of our own statements, all of them features of one platform."""
+    day, rows = date(2026, 1, 1), 4
+    with duckdb.connect() as con:
+        words = set(keywords(con))
+    for file in sql.FOLDER.glob("*.sql"):
+        words |= set(re.findall(r"\b[a-z][a-z0-9_]*\b", file.read_text()))
+    names = [w for w in sorted(words) if accepted(w)]
+    assert len(names) > 400
+    specs = [{"name": n, "side": "query", "kind": "categorical", "min_count": 1} for n in names]
+    platform = parse_platform(
+        broken(
+            surfaces=["feed"],
+            products=["standard"],
+            tasks=[{"name": "ctr"}],
+            features=[*specs, {"name": "price", "side": "item", "kind": "dense"}],
+            join={"max_rejected": 0.5},
+        ),
+        "toy.yaml",
+    )
+    keys = ["impression_id", "request_id", "user_id", "item_id"]
+    ids = pl.Series([f"i{k}" for k in range(rows)])
+    impressions = pl.DataFrame(
+        {
+            **dict.fromkeys(keys, ids),
+            "ts": [datetime(2026, 1, 1, 12)] * rows,
+            "surface": ["feed"] * (rows - 1) + ["elsewhere"],
+            "product": ["standard"] * rows,
+            **{n: [f"{n}{k}" for k in range(rows)] for n in names},
+            "price": [1.0] * rows,
+            "outcome_ctr": [1] * rows,
+        }
+    )
+    scores = pl.DataFrame(
+        {
+            "impression_id": ids,
+            "scored_at": impressions["ts"],
+            "ranker_version": ["v"] * rows,
+            "score_ctr": [0.5] * rows,
+        }
+    )
+    warehouse = Warehouse(tmp_path, tables(platform), settings(platform))
+    with warehouse.connect() as con, warehouse.stage() as stage:
+        take_in(platform, LogDay(impressions, scores, "here", "there"), day, con)
+        [(rejected,)] = con.execute("SELECT row FROM log_rejected").fetchall()
+        assert json.loads(rejected).keys() == set(impressions.columns)
+        write_intake(con, stage, day)
+        stage.publish()
+    with warehouse.connect() as con, warehouse.stage() as stage:
+        build_examples(con, platform, warehouse, stage, day)
+        examples = stage.path("joined_examples", day)
+        assert pl.read_parquet(examples).select(names).equals(impressions.head(rows - 1).select(names))
+        measured = measure_contract(con, platform, day, examples)
+        assert set(measured["feature"]) == {*names, "price"}
+        assert set(measured["rows"]) == {rows - 1}
+        assert set(measured["missing"]) == {0}
+
+
+def accepted(name):
+    try:
+        return column_name(name) not in ("ctr", "price")
+    except ValueError:
+        return False
+
+
+# -- files that are none -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"name: [", b"- a\n- b\n", b"PAR1\xff\x00\x81", b"", b"name: \x00", b"source: adworld\n", b"start: 2026-13-45\n"],
+    ids=["broken", "list", "binary", "empty", "control character", "no mapping", "no date"],
+)
+@pytest.mark.parametrize("data", [None, "folder"])
+def test_registering_what_is_no_platform_file_names_the_file(tmp_path, content, data):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    home = Home(tmp_path / "home")
+    with pytest.raises(PlatformError, match=r"mine\.yaml"):
+        home.register(str(file), data)
+    assert not home.root.exists()
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "name: [", ""])
@@ -148,8 +433,6 @@ def test_slices_tasks_and_columns_are_derived():
 
 
 def test_the_schema_survives_json():
-    import json
-
     schema = parse_platform(MINIMAL, "toy.yaml").model_schema
     assert type(schema).from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
 

@@ -62,7 +62,7 @@ SLICE_BIAS, DAILY_BIAS = 0.05, 0.02
 SYSTEMATIC = {"ctr": 0.15, "gctr": 0.15, "act": 0.25}
 NOISE = {"ctr": 0.10, "gctr": 0.10, "act": 0.15}
 
-# -- defects of the logs, as shares of the impressions -----------------------------------------------------------------
+# -- defects of the logs, as chances of an impression -----------------------------------------------------------------
 UNSCORED, LATE, INVALID, TWICE, ORPHANS = 0.02, 0.015, 0.003, 0.01, 0.001
 REPEATED, UNKNOWN_SURFACE = 0.0005, 0.0002
 INVALID_VALUES = np.array([np.nan, 0.0, 1.0, 1.2, np.inf, -0.1])
@@ -241,8 +241,8 @@ def _score_log(
     ctr, gctr, act = (p.astype(np.float64) for p in seen.unconditional())
     delay = np.exp(3 + 0.7 * rng.standard_normal(n, dtype=np.float32)).clip(5, 900).astype(np.float64)
 
-    # A permutation gives every defect exactly its share of the rows, so that an honest day is never refused.
-    lot = rng.permutation(n) / n
+    # One draw a row, so that a row has one defect at most and its counts are binomial: days differ as in a real log.
+    lot = rng.random(n)
     edges = np.cumsum([0, UNSCORED, LATE, INVALID, TWICE, ORPHANS])
     unscored, late, invalid, twice, orphans = (np.flatnonzero((lot >= lo) & (lot < hi)) for lo, hi in pairwise(edges))
     delay[late] += 24 * 3600 + rng.exponential(6 * 3600, len(late))
@@ -277,9 +277,8 @@ def _score_log(
 def _damaged(rng: np.random.Generator, impressions: pl.DataFrame) -> pl.DataFrame:
     """The impression log with its defects: a few rows written twice, a few with a surface nobody knows."""
     n = len(impressions)
-    repeated = rng.choice(n, round(REPEATED * n), replace=False)
-    unknown = np.zeros(n, np.bool_)
-    unknown[rng.choice(n, round(UNKNOWN_SURFACE * n), replace=False)] = True
+    repeated = np.flatnonzero(rng.random(n) < REPEATED)
+    unknown = rng.random(n) < UNKNOWN_SURFACE
     surface = pl.when(pl.Series(unknown)).then(pl.lit("notifications")).otherwise("surface")
     impressions = impressions.with_columns(surface=surface)
     return pl.concat([impressions, _take(impressions, repeated)])

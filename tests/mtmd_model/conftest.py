@@ -1,6 +1,8 @@
 """Fixtures of the model's tests."""
 
+import datetime as dt
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +18,12 @@ def _threads() -> None:
 
 @pytest.fixture(scope="session")
 def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[pa.Table], Path]:
-    """Write a table as one day of the lake."""
+    """Write a table as one day of the lake, each as a day of its own."""
+    days = count()
 
     def write(table: pa.Table) -> Path:
-        path = tmp_path_factory.mktemp("lake") / "ds=2026-01-01" / "data.parquet"
+        day = dt.date(2026, 1, 1) + dt.timedelta(days=next(days))
+        path = tmp_path_factory.mktemp("lake") / f"ds={day}" / "data.parquet"
         path.parent.mkdir()
         pq.write_table(table, path, compression="zstd")
         return path

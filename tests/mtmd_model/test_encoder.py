@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -113,6 +114,12 @@ def test_log1p_keeps_the_sign():
     np.testing.assert_allclose(got, [-np.log(4), 0, np.log(4)], rtol=1e-6)
 
 
+def test_only_the_log1p_column_is_encoded_by_it(encoder: Encoder):
+    table = replaced(replaced(examples(2), "q0", [np.e - 1, -7.0]), "q1", [np.e - 1, -7.0])
+    dense = encoder.encode(table).query.dense[:, :2]
+    torch.testing.assert_close(dense, torch.tensor([[1.0, np.e - 1], [-np.log(8), -7.0]], dtype=torch.float32))
+
+
 def test_text_is_no_number():
     with pytest.raises(ValueError, match="'x' must hold numbers, got string"):
         to_float(pa.chunked_array([["a"]]), "x")
@@ -178,6 +185,9 @@ def replaced(table: pa.Table, name: str, values: list) -> pa.Table:
         ("surface", ["mars", "home"], "surface must be one of .* got .'mars'."),
         ("surface", [None, "home"], "got .None."),
         ("score_ctr", [0.5, 1.5], "'score_ctr' must lie in"),
+        ("score_ctr", [0.5, float("inf")], "'score_ctr' must lie in"),
+        ("score_ctr", [float("-inf"), None], "'score_ctr' must lie in"),
+        ("score_ctr", [0.5, 1e300], "'score_ctr' must lie in"),
         ("weight", [1.0, -1.0], "'weight' must not be negative"),
         ("weight", [1.0, None], "null"),
         ("device", [[1], [2]], "'device'.*list"),
@@ -192,3 +202,24 @@ def test_wrong_values_are_refused(encoder: Encoder, name: str, values: list, mes
 def test_a_missing_column_is_named(encoder: Encoder, name: str):
     with pytest.raises(ValueError, match=f"lacks the columns? .*'{name}'"):
         encoder.encode(examples(5).drop_columns([name]))
+
+
+def test_counts_add_up_over_many_files_and_types(write: Callable[[pa.Table], Path]):
+    schema, files, expected = platform(), [], []
+    for day in range(6):
+        rng = np.random.default_rng(day)
+        ids = rng.integers(0, 60, 80)
+        column = pa.array(ids) if day % 2 else pa.array([str(v) for v in ids])
+        files.append(write(examples(80, day).drop_columns(["item_id"]).append_column("item_id", column)))
+        expected += ids.tolist()
+    once = {str(v) for v in expected if expected.count(v) >= 2}
+    assert set(fit_encoder(schema, files).vocabularies["item_id"].values or ()) == once
+
+
+def test_a_schema_of_unknown_slices_or_domains_is_refused():
+    schema = platform()
+    wrong_task = replace(schema.tasks[0], slices=(("home", "standard"), ("mars", "standard")))
+    with pytest.raises(ValueError, match=r"task 'ctr' has the unknown slices .*mars"):
+        replace(schema, tasks=(wrong_task, *schema.tasks[1:]))
+    with pytest.raises(ValueError, match="feature 'q0' must have domains among"):
+        replace(schema, features=(replace(schema.features[0], domains=("standard",)),))

@@ -28,14 +28,14 @@ def encoder(write: Callable[[pa.Table], Path]) -> Encoder:
     return fit_encoder(platform(), [write(examples(300))])
 
 
-def model_of(encoder: Encoder, config: MTMDConfig = TINY, seed: int = 0) -> MTMD:
+def model_of(encoder: Encoder, config: MTMDConfig = TINY, seed: int = 0, noise: float = 0.1) -> MTMD:
     """A model whose gates, norms and biases are not at their special initial values."""
     torch.manual_seed(seed)
     model = MTMD(encoder.schema, encoder.rows, config)
     model(encoder.encode(examples(500)))
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(noise * torch.randn_like(p))
     return model
 
 
@@ -109,18 +109,22 @@ def test_a_child_never_exceeds_its_parent(encoder: Encoder):
     assert (logits[:, 1:] <= logits[:, :1]).all()
 
 
-@pytest.mark.parametrize("config", [TINY, MTMDConfig.preset("small"), MTMDConfig.preset("paper")])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("preset", ["small", "paper"])
+@pytest.mark.parametrize(("dtype", "on_p", "on_logit"), [(torch.float32, 1e-5, 1e-4), (torch.float64, 1e-12, 1e-12)])
 def test_a_row_scores_the_same_alone_as_in_a_batch(
-    encoder: Encoder, config: MTMDConfig, dtype: torch.dtype, tolerance: float
+    encoder: Encoder, preset: str, dtype: torch.dtype, on_p: float, on_logit: float
 ):
-    model = model_of(encoder, config).to(dtype).eval()
-    batch = encoder.encode(examples(4096 if config is not TINY else 300, seed=3))
+    model = model_of(encoder, MTMDConfig.preset(preset), noise=0.01).to(dtype).eval()
+    batch = encoder.encode(examples(4096, seed=3))
+    rows = torch.arange(0, 4096, 41)
     with torch.inference_mode():
-        together = torch.sigmoid(model(batch))
-        for row in (0, 1, 2, 3, 17, 200):
-            alone = torch.sigmoid(model(batch.select(torch.tensor([row]))))
-            assert (alone[0] - together[row]).abs().max() <= tolerance
+        together = model(batch)
+        # no saturated logits, whose probabilities agree whatever the model does
+        assert 0.01 < together.std() < 10
+        together = together[rows]
+        alone = torch.cat([model(batch.select(row)) for row in rows.split(1)])
+    assert (alone - together).abs().max() <= on_logit
+    assert (torch.sigmoid(alone) - torch.sigmoid(together)).abs().max() <= on_p
 
 
 def test_the_order_of_rows_does_not_matter(encoder: Encoder):
@@ -235,6 +239,7 @@ def test_the_domain_layout_leaves_absent_features_out_and_the_common_one_fills_t
     adaptation = DomainAdaptation("a", dense, categorical, 5.0, 1000, 2).eval()
     with torch.no_grad():
         adaptation.norm.missing.copy_(torch.tensor([7.0, 9.0]))
+        adaptation.norm.count.fill_(2)
     x = adaptation(torch.tensor([[0.5, 4.0], [float("nan"), 4.0]]), torch.arange(10.0).reshape(2, 5))
     assert x.own_BD.tolist() == [[0.5, 0, 1], [7, 5, 6]]
     assert x.key_BK.tolist() == [[0, 1], [5, 6]]

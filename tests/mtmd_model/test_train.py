@@ -1,5 +1,6 @@
 """A whole training run, its folder, and the loaded model."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from mtmd_model.data import Feed, load
 from mtmd_model.lightning_module import OptimiserConfig
 from mtmd_model.loss import kl_loss
 from mtmd_model.mtmd import MTMDConfig
-from mtmd_model.routing import routing_summary
 from mtmd_model.train import TrainConfig, TrainResult, train
 from tests.mtmd_model.sample import examples, platform
 
@@ -105,7 +105,9 @@ def test_the_manifest_tells_where_the_model_comes_from(result: TrainResult, file
     m = result.manifest
     assert m["rows"] == {"train": 4000, "validation": 1000}
     assert m["code_version"] == "abc"
-    assert set(m["data_hashes"]) == {str(f) for f in [*files[0], *files[1]]}
+    assert m["data_hashes"] == {
+        f"{f.parent.name}/data.parquet": hashlib.sha256(f.read_bytes()).hexdigest() for f in [*files[0], *files[1]]
+    }
     assert set(m["params"]) == {"embedding", "dense"}
     assert set(m["normalisation"]["query"]["search"]) == {"q0", "q1", "q2", "query_match"}
     assert "query_match" not in m["normalisation"]["query"]["home"]
@@ -212,7 +214,7 @@ def test_routing_summary(result: TrainResult, files: tuple[list[Path], list[Path
     encoder = result.predictor.encoder
     window = load(encoder, files[1])
     model: Any = result.predictor.model
-    rows = routing_summary(model, Feed(window, encoder, 300))
+    rows = model.routing(Feed(window, encoder, 300))
     cells = {(r["tower"], r["domain"], r["task"]) for r in rows}
     assert len(cells) == 3 * 4 + 2 * 3
     for cell in cells:
@@ -221,7 +223,7 @@ def test_routing_summary(result: TrainResult, files: tuple[list[Path], list[Path
         assert sum(r["mean_gate"] for r in mine) == pytest.approx(1)
         assert sum(r["max_gate_share"] for r in mine) == pytest.approx(1)
         assert 0 <= mine[0]["entropy"] <= mine[0]["entropy_of_mean"] + 1e-9 <= np.log(3) + 1e-6
-    whole = routing_summary(model, [window])
+    whole = model.routing([window])
     for a, b in zip(rows, whole, strict=True):
         assert a["mean_gate"] == pytest.approx(b["mean_gate"], rel=1e-4)
 
@@ -239,6 +241,7 @@ def test_a_predictor_tells_its_schema_and_its_routing(result: TrainResult):
         {"accelerator": "tpu"},
         {"precision": "16"},
         {"gradient_clip": -1.0},
+        {"gradient_clip": float("nan")},
         {"patience": 0},
     ],
 )

@@ -204,11 +204,13 @@ def test_base_rates_differ():
     assert rates["search", "shopping"] > 3 * rates["home_feed", "standard"]
 
 
-def valid_scores() -> pl.DataFrame:
+def valid(scores: pl.DataFrame) -> pl.DataFrame:
     columns = [pl.col(f"score_{t}") for t in TASKS]
-    return scores_of(large()).filter(
-        pl.all_horizontal(((c > 0) & (c < 1) & c.is_not_nan()).fill_null(True) for c in columns)
-    )
+    return scores.filter(pl.all_horizontal(((c > 0) & (c < 1) & c.is_not_nan()).fill_null(True) for c in columns))
+
+
+def valid_scores() -> pl.DataFrame:
+    return valid(scores_of(large()))
 
 
 def test_scores_are_the_truth_with_a_rankers_error():
@@ -220,24 +222,53 @@ def test_scores_are_the_truth_with_a_rankers_error():
         assert (rows[f"score_{task}"] <= rows["score_ctr"]).all()
 
 
-def test_defects_come_at_the_documented_rates():
-    i, scores, n = large().impressions, scores_of(large()), CHUNK + 70_000
-    assert len(i) - i["impression_id"].n_unique() == pytest.approx(0.0005 * n, abs=2)
-    assert (i["surface"] == "notifications").sum() == pytest.approx(0.0002 * n, abs=3)
-
+def defects(day: LogDay) -> dict[str, int]:
+    """Rows of each defect that a day's logs hold."""
+    i, scores = day.impressions, scores_of(day)
     known = i.unique("impression_id").select("impression_id", "ts")
-    orphans = scores.join(known, on="impression_id", how="anti")
-    assert len(orphans) == pytest.approx(0.001 * n, abs=3)
-    per = scores.group_by("impression_id").len()
-    assert (per["len"] == 2).sum() == pytest.approx(0.01 * n, abs=3)
-    unscored = n - known.join(scores, on="impression_id", how="semi").height
-    assert unscored == pytest.approx(0.02 * n, abs=3)
-    late = scores.join(known, on="impression_id").filter(pl.col("scored_at") - pl.col("ts") > pl.duration(hours=24))
-    assert len(late) == pytest.approx(0.015 * n, abs=3)
-    assert late.join(per.filter(pl.col("len") == 2), on="impression_id", how="semi").is_empty()
-    invalid = scores.join(valid_scores(), on="impression_id", how="anti")
-    assert len(invalid) == pytest.approx(0.003 * n, abs=3)
-    assert (scores.join(known, on="impression_id").select(pl.col("scored_at") > pl.col("ts")).to_series()).all()
+    joined = scores.join(known, on="impression_id")
+    late = joined.filter(pl.col("scored_at") - pl.col("ts") > pl.duration(hours=24))
+    twice = scores.group_by("impression_id").len().filter(pl.col("len") == 2)
+    assert late.join(twice, on="impression_id", how="semi").is_empty()
+    assert joined.select(pl.col("scored_at") > pl.col("ts")).to_series().all()
+    return {
+        "written twice": len(i) - len(known),
+        "unknown surface": len(i.unique("impression_id").filter(pl.col("surface") == "notifications")),
+        "orphan": len(scores.join(known, on="impression_id", how="anti")),
+        "scored twice": len(twice),
+        "unscored": len(known.join(scores, on="impression_id", how="anti")),
+        "late": len(late),
+        "invalid": len(scores) - len(valid(scores)),
+    }
+
+
+DEFECTS = {
+    "written twice": 0.0005,
+    "unknown surface": 0.0002,
+    "orphan": 0.001,
+    "scored twice": 0.01,
+    "unscored": 0.02,
+    "late": 0.015,
+    "invalid": 0.003,
+}
+
+
+def test_defects_come_at_the_documented_rates():
+    """Within four standard deviations of a binomial, the seed fixed."""
+    found, n = defects(large()), CHUNK + 70_000
+    assert found.keys() == DEFECTS.keys()
+    z = {d: (found[d] - n * p) / np.sqrt(n * p * (1 - p)) for d, p in DEFECTS.items()}
+    assert max(map(abs, z.values())) < 4, z
+
+
+def test_days_have_different_numbers_of_defects():
+    """As in a real log: binomial, hence a variance of about n p (1 - p) over days, and never one count for all."""
+    source = small()
+    days = [defects(source.read(date(2026, 1, d))) for d in range(1, 16)]
+    for defect in ("unscored", "late", "scored twice"):
+        p, counts = DEFECTS[defect], [d[defect] for d in days]
+        assert len(set(counts)) > 5
+        assert 0.3 < np.var(counts, ddof=1) / (3000 * p * (1 - p)) < 3
 
 
 def test_an_honest_day_stays_far_from_the_limit_of_rejections():

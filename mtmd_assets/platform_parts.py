@@ -1,0 +1,293 @@
+"""The parts of a platform file, each a frozen type that refuses what does not hold together by itself.
+
+What must hold between them is in `mtmd_assets.platform_checks`; the whole is `mtmd_assets.platform.Platform`.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from mtmd_assets.platform_names import column_name, task_name
+
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+_INTEGER = re.compile(r"0|-?[1-9]\d*")
+
+
+class Fault(ValueError):
+    """Something in the platform file that is refused: where, what is wrong, and the value received."""
+
+    def __init__(self, key: str, problem: str, received: object):
+        """`key` is relative to the part whose validator raises it."""
+        super().__init__(problem)
+        self.key, self.received = key, received
+
+
+class Frozen(BaseModel):
+    """A part of the platform file: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 2e-3, without a point, as text."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _day(value: object) -> object:
+    """Dates only: pydantic would take a number for seconds since 1970."""
+    if type(value) is date:
+        return value
+    try:
+        return date.fromisoformat(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError("no date: expected year-month-day") from None
+
+
+Integer = Annotated[int, Field(strict=True)]
+"""Nothing is taken for a number but a number: neither a truth value nor text."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_number)]
+Flag = Annotated[bool, Field(strict=True)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Days = Annotated[int, Field(strict=True, gt=0, le=400)]
+Day = Annotated[date, BeforeValidator(_day), Field(ge=date(1970, 1, 1), le=date(2200, 12, 31))]
+
+
+def refuse_duplicates(values: Sequence[Any], key: str = "{}") -> None:
+    """Refuse the first value that is there twice; `key` names it by its position.
+
+    Raises:
+        Fault: if there is one.
+    """
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise Fault(key.format(i), "named twice", value)
+
+
+class Task(Frozen):
+    """A prediction task. Its score and outcome columns are `score_<name>` and `outcome_<name>`."""
+
+    name: str
+    given: str | None = None
+    """The task it presupposes: P(task) = P(task | given) P(given) (paper section 2.3)."""
+    surfaces: tuple[str, ...] | None = None
+    """Where it exists; all surfaces when left out."""
+    products: tuple[str, ...] | None = None
+    """For which products it exists; all when left out."""
+    weight: Number = Field(1.0, gt=0)
+    """Weight of its loss in training."""
+    width: Integer = Field(32, gt=0)
+    """Columns of its deep embedding at the `paper` preset."""
+
+    _name = field_validator("name")(task_name)
+
+
+class History(Frozen):
+    """A feature computed from published `impressions` of exactly the `days` days before the example's day."""
+
+    by: tuple[str, ...] = Field(min_length=1)
+    """The columns that name the entity, for example `[item_id]`: an item feature's are of item_id, product and item
+    features, a query feature's of user_id, surface and query features."""
+    of: str
+    """`impressions` for a count of rows, or a task: the count of its outcomes."""
+    days: Days
+    per: str | None = None
+    """Divide by this count: `impressions` or a task. Left out, the feature is the count itself."""
+    prior: Number = Field(20.0, gt=0)
+    """A rate is (of + prior * mean) / (per + prior), `mean` the platform's own rate over the same days."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "History":
+        refuse_duplicates(self.by, "by.{}")
+        if self.per is None and "prior" in self.model_fields_set:
+            raise Fault("prior", "only a rate has a prior: name what it is `per`, or leave it out", self.prior)
+        return self
+
+
+class Feature(Frozen):
+    """One feature column: which tower reads it, and which surfaces or products have it."""
+
+    name: str
+    side: Literal["query", "item"]
+    kind: Literal["dense", "categorical"]
+    type: Literal["text", "integer"] = "text"
+    """Categorical only: the column's type in the lake."""
+    surfaces: tuple[str, ...] | None = None
+    """Query features only: the surfaces that have it; all when left out."""
+    products: tuple[str, ...] | None = None
+    """Item features only: the products that have it; all when left out."""
+    max_missing: Number = Field(0.02, ge=0, le=1)
+    """Contract: the share of rows that may lack it where it should be present."""
+    log1p: Flag = False
+    """Dense only: sign(x) * log(1 + |x|), for counts and other heavy tails."""
+    width: Integer = Field(8, gt=0)
+    """Categorical only: columns of its embedding table."""
+    vocabulary: tuple[str, ...] | None = None
+    """Categorical only: the values that get a row of their own. Exactly one of this, `buckets` and `min_count`."""
+    buckets: Integer | None = Field(None, gt=0)
+    """Categorical only: hash the value into this many rows."""
+    min_count: Integer | None = Field(None, gt=0)
+    """Categorical only: learn the vocabulary from the training window, values seen at least this often."""
+    key: Flag = False
+    """Categorical only: read by the shallow expert."""
+    history: History | None = None
+    """Computed from earlier days rather than read from the log."""
+
+    @field_validator("name")
+    @classmethod
+    def _free_name(cls, name: str) -> str:
+        if name.startswith("outcome_"):
+            raise ValueError("that name is taken by a column every log has")
+        return column_name(name)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vocabulary_as_text(cls, feature: Any) -> Any:
+        """Whole numbers may stand in the vocabulary of an integer feature only: YAML reads 18_24 as 1824."""
+        if not isinstance(feature, dict) or not isinstance(feature.get("vocabulary"), list):
+            return feature
+        for i, value in enumerate(feature["vocabulary"]):
+            if feature.get("type") == "integer":
+                if type(value) is not int and not (isinstance(value, str) and _INTEGER.fullmatch(value)):
+                    raise Fault(f"vocabulary.{i}", "the feature's type is integer, so its values are", value)
+            elif not isinstance(value, str):
+                raise Fault(f"vocabulary.{i}", "no text; quote it in the YAML", value)
+            elif not value:
+                raise Fault(f"vocabulary.{i}", "an empty text is no value", value)
+        return {**feature, "vocabulary": [str(v) for v in feature["vocabulary"]]}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Feature":
+        if self.side == "query" and self.products is not None:
+            raise Fault("products", "a query feature is had by surfaces, not by products", self.products)
+        if self.side == "item" and self.surfaces is not None:
+            raise Fault("surfaces", "an item feature is had by products, not by surfaces", self.surfaces)
+        encodings = {n: v for n in ("vocabulary", "buckets", "min_count") if (v := getattr(self, n)) is not None}
+        if self.kind == "categorical":
+            if len(encodings) != 1:
+                raise Fault("", "a categorical feature needs exactly one of vocabulary, buckets, min_count", encodings)
+            if self.log1p:
+                raise Fault("log1p", "for dense features only", self.log1p)
+            if self.history:
+                raise Fault("kind", "a feature from history is dense", self.kind)
+        else:
+            ignored = [n for n in ("type", "width") if n in self.model_fields_set] + ["key"] * self.key
+            for n in [*encodings, *ignored]:
+                raise Fault(n, "for categorical features only", getattr(self, n))
+        if self.vocabulary is not None:
+            if not self.vocabulary:
+                raise Fault("vocabulary", "it holds no value", [])
+            refuse_duplicates(self.vocabulary, "vocabulary.{}")
+        return self
+
+
+class AdworldSource(Frozen):
+    """The embedded simulator; see docs/adworld.md."""
+
+    kind: Literal["adworld"]
+    seed: Seed = 0
+    rows_per_day: Integer = Field(50_000, gt=0)
+    users: Integer = Field(20_000, gt=0)
+    ads: Integer = Field(4_000, gt=0)
+
+
+class KuairandSource(Frozen):
+    """The KuaiRand-Pure folder as downloaded."""
+
+    kind: Literal["kuairand"]
+    data: str | None = None
+    """The folder. Given at registration: `make demo PLATFORM=kuairand DATA=folder`."""
+
+
+class ParquetSource(Frozen):
+    """A team's own logs: a folder of Parquet files for each of the two tables, local or any fsspec URL.
+
+    The files of day D are `<folder>/ds=D/*.parquet` or `<folder>/D.parquet`.
+    """
+
+    kind: Literal["parquet"]
+    impressions: str = Field(min_length=1)
+    heavyweight_scores: str | None = Field(None, min_length=1)
+    """Left out: the built-in ranker scores (`ranker`)."""
+    columns: dict[str, Annotated[str, Field(min_length=1)]] = {}
+    """Our column name -> theirs, where they differ. A feature may be a copy of an id; otherwise no column of theirs is
+    two of ours."""
+    storage_options: dict[str, Any] = {}
+    """Passed to fsspec."""
+
+
+Source = Annotated[AdworldSource | KuairandSource | ParquetSource, Field(discriminator="kind")]
+
+
+class Ranker(Frozen):
+    """The built-in heavyweight ranker, for logs that have no scores of one."""
+
+    train_days: Days = 3
+    """Outcomes of this many days train it; it scores only later days."""
+    refresh_days: Days | None = None
+    """Retrain after this many days; never when left out."""
+    cross: tuple[tuple[str, str], ...] = ()
+    """Pairs of columns whose joint counters of earlier days it reads besides every feature."""
+    history_days: Days = 7
+    """Its own counters (of every open-ended categorical feature and every pair in `cross`) look back this far."""
+    trees: Integer = Field(600, gt=0)
+    """At most this many a task; how many is decided on the training window's last day."""
+    learning_rate: Number = Field(0.03, gt=0)
+    leaves: Integer = Field(15, gt=1)
+    min_leaf: Integer = Field(50, gt=0)
+    """Fewest training rows in a leaf."""
+    seed: Seed = 0
+
+
+class Join(Frozen):
+    """How impressions meet their scores."""
+
+    lateness_hours: Number = Field(24.0, gt=0, le=366 * 24)
+    """A score counts if it was made at most this long after its impression."""
+    sample_rate: Number = Field(1.0, ge=1e-6, le=1)
+    """Keep this share of a day's impressions for training, weighted by its inverse. Evaluation is never sampled."""
+    max_rejected: Number = Field(0.05, ge=0, le=1)
+    """Refuse the day if a larger share of its rows is faulty; rows out of scope or sampled out do not count."""
+
+
+class Contract(Frozen):
+    """How strictly each slice is held to the features it should have."""
+
+    judged_from: Integer = Field(50, ge=1)
+    """A slice with fewer rows in a day is not judged by the missing rates of what it should have."""
+    empty_slices: Literal["refuse", "allow"] = "refuse"
+    """Whether a slice without a row breaks the contract."""
+
+
+class Drift(Frozen):
+    """When a missing rate counts as drifted from its trailing week. Drift warns and never gates."""
+
+    days: Days = 7
+    tolerance: Number = Field(0.05, gt=0)
+    """Absolute change of the missing rate."""
+
+
+class Training(Frozen):
+    """How the daily model is trained."""
+
+    window_days: Integer = Field(7, ge=2, le=400)
+    """Days of a training window; the last one decides when to stop, the others are trained on."""
+    preset: Literal["small", "paper"] = "small"
+    max_epochs: Integer = Field(12, gt=0)
+    patience: Integer = Field(3, gt=0)
+    batch_size: Integer = Field(4096, gt=0)
+    learning_rate: Number = Field(2e-3, gt=0)
+    weight_decay: Number = Field(0.01, ge=0)
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    seed: Seed = 0
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+
+class OutOfScope(Frozen):
+    """Values that the log is known to hold and this platform does not model."""
+
+    surfaces: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
