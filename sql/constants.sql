@@ -3,7 +3,7 @@
 -- Reads `window_examples` (the window's joined_examples). The geometric median is the constant that minimises LogMAE;
 -- the mean is the calibrated one.
 WITH window_scores AS (
-    UNPIVOT (SELECT surface, product, weight, COLUMNS('score_.*') FROM window_examples)
+    UNPIVOT (SELECT surface, product, weight, COLUMNS('^score_.*') FROM window_examples)
     ON COLUMNS(* EXCLUDE (surface, product, weight))
     INTO NAME task VALUE score
 )
@@ -11,7 +11,7 @@ WITH window_scores AS (
 SELECT
     surface,
     product,
-    task.replace('score_', '') AS task,
+    regexp_replace(task, '^score_', '') AS task,
     sum(weight * score) / sum(weight) AS constant,
     exp(median(ln(greatest(score, $floor)))) AS constant_median
 FROM window_scores

@@ -16,7 +16,7 @@ PLATFORM = """
 name: own
 start: 2026-01-01
 source: {{kind: parquet, impressions: "{folder}/impressions"{more}}}
-ranker: {{}}
+{ranker}
 surfaces: [feed]
 products: [standard]
 tasks: [{{name: click}}]
@@ -28,7 +28,8 @@ features:
 
 
 def platform(folder: object, more: str = "") -> Platform:
-    return parse_platform(PLATFORM.format(folder=folder, more=more), "own.yaml")
+    ranker = "" if "heavyweight_scores" in more else "ranker: {}"
+    return parse_platform(PLATFORM.format(folder=folder, more=more, ranker=ranker), "own.yaml")
 
 
 def rows(*ids: str, **columns: object) -> pl.DataFrame:
