@@ -127,16 +127,14 @@ def _jobs(home: Home, site: Site) -> Iterator[Run]:
 
     The function it gives raises SystemExit if a run fails, with the reasons.
     """
-    import dagster as dg
-
     from mtmd_assets.assets.common import asset_key
     from mtmd_assets.definitions import platform_definitions
-    from mtmd_assets.runs import bury_dead
+    from mtmd_assets.runs import bury_dead, instance_of
 
     site.warehouse.create()
-    home.prepare_dagster()
+    folder = home.prepare_dagster()
     definitions = platform_definitions(site)
-    with dg.DagsterInstance.get() as instance:
+    with instance_of(folder) as instance:
         bury_dead(instance)
 
         def run(job: str, first: date, last: date | None = None, only: Sequence[str] = ()) -> None:
@@ -209,14 +207,12 @@ def prompt(site: Site, query: str | None) -> int:
 
 def ui(home: Home, port: str) -> int:
     """Dagster's web server and daemon on this home, until interrupted."""
-    import dagster as dg
-
-    from mtmd_assets.runs import bury_dead
+    from mtmd_assets.runs import bury_dead, instance_of
 
     for site in home.sites():
         site.warehouse.create()
     folder = home.prepare_dagster()
-    with dg.DagsterInstance.get() as instance:
+    with instance_of(folder) as instance:
         bury_dead(instance)
     command = [_script("dg"), "dev", "-w", str(CHECKOUT / "workspace.yaml"), "-p", port]
     # Elsewhere than in the checkout, whose dagster.yaml is for those who start Dagster without a home.

@@ -1,18 +1,31 @@
-"""Runs that died: a process that was killed leaves its run marked as started, which would hold a place in the queue."""
+"""Dagster's instance of a home, and runs that died: a killed process leaves its run started, holding a place in the queue."""
 
+import fcntl
 import os
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import dagster as dg
 
 from mtmd_assets.processes import alive
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 HOST, PROCESS = "mtmd/host", "mtmd/process"
 """Tags that say where a run runs."""
+
+
+@contextmanager
+def instance_of(folder: Path) -> Iterator[dg.DagsterInstance]:
+    """Dagster's instance in a folder, which must be `DAGSTER_HOME`.
+
+    Opened by one process at a time: two that create the SQLite tables of a new home at once get in each other's way.
+    """
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        instance = dg.DagsterInstance.get()
+    with instance:
+        yield instance
 
 
 def sign(context: dg.AssetExecutionContext) -> None:
@@ -27,7 +40,7 @@ def dead(run: dg.DagsterRun) -> bool:
     return not alive(int(run.tags[PROCESS]))
 
 
-def bury_dead(instance: dg.DagsterInstance) -> "Iterable[dg.DagsterRun]":
+def bury_dead(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     """Mark started runs whose process is gone as failed; returns them."""
     started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])
     buried = [run for run in instance.get_runs(filters=started) if dead(run)]
