@@ -1,6 +1,6 @@
 """What every stage shares: asset keys, partitions, and reporting days one by one to Dagster."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any
@@ -15,6 +15,21 @@ Metadata = dict[str, Any]
 def asset_key(platform: Platform, table: str) -> dg.AssetKey:
     """`<platform>/<table>`."""
     return dg.AssetKey([platform.name, table])
+
+
+def table_specs(platform: Platform, described: Mapping[str, str], deps: Sequence[Any] = ()) -> list[dg.AssetSpec]:
+    """An asset a table (name -> description); skippable, since not every day can have every table."""
+    return [
+        dg.AssetSpec(
+            asset_key(platform, table),
+            deps=deps,
+            description=description,
+            group_name=platform.name,
+            kinds={"duckdb", "parquet"},
+            skippable=True,
+        )
+        for table, description in described.items()
+    ]
 
 
 def daily_partitions(platform: Platform) -> dg.DailyPartitionsDefinition:

@@ -63,7 +63,7 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
                 report.add(day, [d for d in done if d is not None])
             except (BadFile, Withheld, Refused) as e:
                 report.fail(day, e)
-            except Exception:
+            except Exception:  # a fault of the machine or of this code ends the run; what stands is still reported
                 yield from report.results()
                 raise
         yield from report.results()

@@ -7,7 +7,7 @@ import dagster as dg
 
 from checks.dagster_results import accounting_result, contract_result, drift_result
 from checks.missingness import check_contract, check_drift, markdown
-from mtmd_assets.assets.common import Done, Metadata, Refused, asset_key, preview
+from mtmd_assets.assets.common import Done, Metadata, Refused, asset_key, preview, table_specs
 from mtmd_assets.contract import measure_contract
 from mtmd_assets.history import create_history
 from mtmd_assets.home import Site
@@ -29,17 +29,7 @@ TABLES = tuple(DESCRIBED)
 def specs(site: Site) -> list[dg.AssetSpec]:
     """The tables of this stage."""
     deps = [asset_key(site.platform, t) for t in ("impressions", "heavyweight_scores")]
-    return [
-        dg.AssetSpec(
-            asset_key(site.platform, t),
-            deps=deps,
-            description=d,
-            group_name=site.platform.name,
-            kinds={"duckdb", "parquet"},
-            skippable=True,
-        )
-        for t, d in DESCRIBED.items()
-    ]
+    return table_specs(site.platform, DESCRIBED, deps)
 
 
 def build(site: Site, day: date, stage: Stage) -> Done:

@@ -4,7 +4,7 @@ from datetime import date
 
 import dagster as dg
 
-from mtmd_assets.assets.common import Done, asset_key, preview
+from mtmd_assets.assets.common import Done, preview, table_specs
 from mtmd_assets.home import Site
 from mtmd_assets.intake import take_in, write_intake
 from mtmd_assets.warehouse import Stage
@@ -20,16 +20,7 @@ def specs(site: Site) -> list[dg.AssetSpec]:
         described["heavyweight_scores"] = (
             "The heavyweight ranker's scores as logged, late, doubled and invalid ones included."
         )
-    return [
-        dg.AssetSpec(
-            asset_key(site.platform, t),
-            description=d,
-            group_name=site.platform.name,
-            kinds={"duckdb", "parquet"},
-            skippable=True,
-        )
-        for t, d in described.items()
-    ]
+    return table_specs(site.platform, described)
 
 
 def build(site: Site, day: date, stage: Stage) -> Done:
