@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mtmd_model.encoder import Encoder
+from mtmd_model.mmoe_dcn import MMOEDCN, MMOEConfig
 from mtmd_model.mtmd import MTMD, MTMDConfig
+from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers
 from mtmd_model.schema import Schema
 from mtmd_model.two_tower import TwoTower
 
@@ -20,7 +22,12 @@ class Architecture:
     """A model from the schema, the vocabularies' rows and a configuration."""
 
 
-ARCHITECTURES: dict[str, Architecture] = {"mtmd": Architecture(MTMDConfig.from_dict, MTMD)}
+ARCHITECTURES: dict[str, Architecture] = {
+    "mtmd": Architecture(MTMDConfig.from_dict, MTMD),
+    "slice_towers": Architecture(PlainConfig.from_dict, SliceTowers),
+    "pooled_towers": Architecture(PlainConfig.from_dict, PooledTowers),
+    "mmoe_dcn": Architecture(MMOEConfig.from_dict, MMOEDCN),
+}
 
 
 def build(name: str, encoder: Encoder, config: Any) -> TwoTower:

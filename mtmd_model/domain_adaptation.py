@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtmd_model.domain_norm import DomainNorm
+from mtmd_model.partial_pooling import Axis, Counterpart
 from mtmd_model.schema import Feature
 from mtmd_model.squeeze_excitation import SqueezeExcitation
 
@@ -64,9 +65,12 @@ class DomainAdaptation(nn.Module):
         self.runs = _runs(has)
         is_key = [_is_key(f, domain) for f, width in fields for _ in range(width)]
         self.key_runs = [run for run, key in _runs(is_key) if key]
-        self.d_own = sum(has)
-        self.d_key = sum(stop - start for start, stop in self.key_runs) or 1
-        self.d_common = len(has)
+        self.own_columns = [n for n, own in enumerate(has) if own]
+        self.d_own, self.d_common = len(self.own_columns), len(has)
+        # one more column than the common layout has: the constant of a domain without key features
+        self.key_columns = [n for n, key in enumerate(is_key) if key] or [self.d_common]
+        self.d_key = len(self.key_columns)
+        self.own_fields = [n for n, (f, _) in enumerate(fields) if domain in f.domains]
         self.norm = DomainNorm([domain in f.domains for f in dense], clip, horizon)
         self.excitation = SqueezeExcitation([w for f, w in fields if domain in f.domains], reduction)
 
@@ -76,6 +80,15 @@ class DomainAdaptation(nn.Module):
         own_BD = self.excitation(_take(raw_BS, self.own_runs))
         key_BK = _take(raw_BS, self.key_runs) if self.key_runs else raw_BS.new_ones(len(raw_BS), 1)
         return Adapted(own_BD, key_BK, self._common(own_BD, raw_BS))
+
+    def counterparts(self) -> dict[str, Counterpart]:
+        """Its parameters among those of the tower's other domains, by feature."""
+        axes: dict[str, tuple[Axis, ...]] = {
+            "excitation.squeeze.weight": (None, self.own_fields),
+            "excitation.excite.weight": (self.own_fields, None),
+            "excitation.excite.bias": (self.own_fields,),
+        }
+        return {name: Counterpart(p, axes.get(name, (None,) * p.dim())) for name, p in self.named_parameters()}
 
     def _common(self, own_BD: Tensor, raw_BS: Tensor) -> Tensor:
         """The own columns put back among the absent ones."""

@@ -4,6 +4,7 @@ Shapes: B rows of one domain, T tasks of the domain, H width of an expert's outp
 `domain_adaptation.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from mtmd_model.config import MTMDConfig
 from mtmd_model.cross import LowRankCross
 from mtmd_model.domain_adaptation import Adapted
-from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm
+from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm, short_projection
+from mtmd_model.partial_pooling import Counterpart
 
 EXPERTS = ("deep", "task_shared", "domain_shared")
 """What the routing layer weighs, in the order of its outputs."""
@@ -51,15 +53,10 @@ class DomainExpert(nn.Module):
         self.norm = GroupedLayerNorm(tasks, d_mixed) if config.norm != "none" else nn.Identity()
         rank = max(1, round(d_mixed * config.cross_rank))
         self.cross = LowRankCross(tasks, d_mixed, config.cross_layers, rank)
-        self.project = nn.ModuleList(nn.Linear(d_mixed, width) for width in widths)
+        self.project = nn.ModuleList(short_projection(d_mixed, width) for width in widths)
 
-        # The first logits are to be near the slice's bias: emb_deep and emb_shallow start short. Their dot
-        # products then start around 0.1 whatever the width.
+        # emb_shallow starts short too
         with torch.no_grad():
-            for linear in self.project:
-                assert isinstance(linear, nn.Linear)
-                linear.weight.mul_(0.5 * linear.out_features**-0.25)
-                linear.bias.zero_()
             last = self.shallow.norms[-1]
             assert isinstance(last, GroupedLayerNorm)
             last.weight.mul_(0.5 * config.shallow[-1] ** -0.5)
@@ -80,6 +77,30 @@ class DomainExpert(nn.Module):
         for project, crossed_BM, shallow_BH in tasks:
             parts += [project(crossed_BM), shallow_BH]
         return ExpertOutput(torch.cat(parts, 1), gates_TBE)
+
+    def counterparts(
+        self, tasks: Sequence[int], every_task: int, own_columns: Sequence[int], key_columns: Sequence[int]
+    ) -> dict[str, Counterpart]:
+        """Its parameters among those of the tower's other domains, by task and feature.
+
+        Args:
+            tasks: numbers of its tasks.
+            every_task: how many tasks the platform has.
+            own_columns: of its own layout in the common one.
+            key_columns: of its key layout in the common one.
+        """
+        first = {"deep_and_task_shared": own_columns, "router": own_columns, "shallow": key_columns}
+        out: dict[str, Counterpart] = {}
+        for name, p in self.named_parameters():
+            part, _, rest = name.partition(".")
+            if part == "project":
+                place, _, kind = rest.partition(".")
+                out[f"project.task {tasks[int(place)]}.{kind}"] = Counterpart(p, (None,) * p.dim())
+                continue
+            networks = [*tasks, every_task] if part == "deep_and_task_shared" else tasks
+            columns = first[part] if part in first and rest == "linears.0.weight" else None
+            out[name] = Counterpart(p, (networks, columns, *(None,) * (p.dim() - 2)))
+        return out
 
     def gates(self, own_BD: Tensor) -> Tensor:
         """(B, D) -> (T, B, experts), each row's weights, in fp32 at least, also under autocast."""

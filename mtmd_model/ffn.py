@@ -105,3 +105,13 @@ class GroupedFFN(nn.Module):
             x = F.leaky_relu(norm(linear(x)), SLOPE, inplace=True)
             x = F.dropout(x, self.dropout, self.training)
         return x if self.out is None else self.out(x)
+
+
+def short_projection(d_in: int, width: int) -> nn.Linear:
+    """A linear map to a task's vector whose outputs start short, so that the first logits are near the slice's bias:
+    dot products start around 0.1 whatever the width."""
+    linear = nn.Linear(d_in, width)
+    with torch.no_grad():
+        linear.weight.mul_(0.5 * width**-0.25)
+        linear.bias.zero_()
+    return linear

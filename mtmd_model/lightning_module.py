@@ -4,6 +4,7 @@ Shapes: B rows, T tasks, S surfaces, P products.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from mtmd_model.batch import Batch
 from mtmd_model.loss import kl_divergence, kl_loss
 from mtmd_model.metrics import FLOOR
+from mtmd_model.partial_pooling import PartialPooling
 from mtmd_model.two_tower import TwoTower
 
 
@@ -38,6 +40,10 @@ class OptimiserConfig:
     """Of the matrices; norms and biases have none."""
     embedding_weight_decay: float = 0.01
     """Of the embedding tables."""
+    deviation: float | None = 0.1
+    """Learning rate at which a domain's expert leaves the one common to all, as a share of the common one's
+    (`partial_pooling`); None trains the experts without regard to each other. A model without domain modules has
+    nothing to pool."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
@@ -50,6 +56,9 @@ class OptimiserConfig:
         both = self.weight_decay, self.embedding_weight_decay
         if not all(0 <= decay < math.inf for decay in both):
             raise ValueError(f"weight decays must be 0 or more, got {both}")
+
+        if self.deviation is not None and not 0 <= self.deviation < math.inf:
+            raise ValueError(f"deviation must be None or 0 or more, got {self.deviation!r}")
 
     def share(self, step: int, steps: int) -> float:
         """The learning rate at a step out of all, as a share of the highest."""
@@ -78,16 +87,18 @@ class RankerModule(L.LightningModule):
         """One entry an epoch: epoch, train_loss, validation_loss, validation_logmae."""
         schema = model.schema
         weights = torch.tensor([t.weight for t in schema.tasks])
-        cells = len(schema.surfaces) * len(schema.products), len(schema.tasks)
+        slices = len(schema.surfaces) * len(schema.products)
         self.register_buffer("task_weight_T", weights, persistent=False)
         # sums over the epoch stay on the device: a number asked for at every step would stall it
         self.register_buffer("train_sum", torch.zeros(2, dtype=torch.float64), persistent=False)
-        self.register_buffer("validation_sum", torch.zeros(2, dtype=torch.float64), persistent=False)
-        self.register_buffer("cell_sum", torch.zeros(2, *cells, dtype=torch.float64), persistent=False)
+        self.register_buffer("slice_sum", torch.zeros(2, slices, dtype=torch.float64), persistent=False)
+        cells = torch.zeros(2, slices, len(schema.tasks), dtype=torch.float64)
+        self.register_buffer("cell_sum", cells, persistent=False)
 
     task_weight_T: Tensor
     train_sum: Tensor
-    validation_sum: Tensor
+    slice_sum: Tensor
+    """Loss times weight, and weight, of each slice."""
     cell_sum: Tensor
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -99,7 +110,7 @@ class RankerModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
-        self.validation_sum.zero_()
+        self.slice_sum.zero_()
         self.cell_sum.zero_()
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -107,20 +118,29 @@ class RankerModule(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             z_BT, t_BT = self.model(batch).double(), batch.labels.double()
         exists_BT = ~t_BT.isnan()
-        weight_B1 = batch.weight.double()[:, None]
+        weight_B = batch.weight.double()
+        weight_B1 = weight_B[:, None]
         loss_B = kl_divergence(z_BT, t_BT) @ self.task_weight_T.double()
-        self.validation_sum += torch.stack([loss_B @ weight_B1[:, 0], weight_B1.sum()])
         error_BT = (F.logsigmoid(z_BT).clamp_min(math.log(FLOOR)) - t_BT.clamp_min(FLOOR).log()).abs()
-        cell_B = batch.query.domain * len(self.model.schema.products) + batch.item.domain
-        self.cell_sum[0].index_add_(0, cell_B, torch.where(exists_BT, error_BT, 0) * weight_B1)
-        self.cell_sum[1].index_add_(0, cell_B, exists_BT * weight_B1)
+        slice_B = batch.query.domain * len(self.model.schema.products) + batch.item.domain
+        self.slice_sum[0].index_add_(0, slice_B, loss_B * weight_B)
+        self.slice_sum[1].index_add_(0, slice_B, weight_B)
+        self.cell_sum[0].index_add_(0, slice_B, torch.where(exists_BT, error_BT, 0) * weight_B1)
+        self.cell_sum[1].index_add_(0, slice_B, exists_BT * weight_B1)
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's validation loss and LogMAE."""
         errors, weights = self.cell_sum
         cell_logmae = (errors / weights)[weights > 0]
-        self.log("validation_loss", self.validation_sum[0] / self.validation_sum[1], prog_bar=True)
+        loss, weight = self.slice_sum.sum(1)
+        self.log("validation_loss", loss / weight, prog_bar=True)
         self.log("validation_logmae", cell_logmae.mean(), prog_bar=True)
+
+    def slice_loss(self, slices: Sequence[tuple[int, int]]) -> float:
+        """The last validation loss of some slices, given by the numbers of surface and product; NaN without rows."""
+        products = len(self.model.schema.products)
+        loss, weight = self.slice_sum[:, [s * products + p for s, p in slices]].sum(1).tolist()
+        return loss / weight if weight else math.nan
 
     def finish_epoch(self) -> dict[str, Any]:
         """Add the epoch to the history and return its entry; called once, when it and its validation end."""
@@ -146,7 +166,12 @@ class RankerModule(L.LightningModule):
         groups = [g for g in groups if g["params"]]
         # Lightning cannot clip the gradients of a fused optimiser under mixed precision
         fused = self.device.type in ("cpu", "cuda") and self.trainer.precision == "32-true"
-        adamw = torch.optim.AdamW(groups, lr=self.optimiser.learning_rate, fused=fused)
+        lr, towers = self.optimiser.learning_rate, self.model.domains()
+        adamw: torch.optim.Optimizer
+        if towers and self.optimiser.deviation is not None:
+            adamw = PartialPooling(groups, towers, lr, self.optimiser.deviation, fused)
+        else:
+            adamw = torch.optim.AdamW(groups, lr=lr, fused=fused)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: self.optimiser.share(step, steps))
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

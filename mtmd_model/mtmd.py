@@ -6,15 +6,13 @@ Shapes: B rows, T tasks, S surfaces, P products, D width of a task's stored vect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtmd_model.batch import Batch, TowerInput
 from mtmd_model.config import MTMDConfig
+from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.routing import routing_summary
 from mtmd_model.schema import Schema
-from mtmd_model.slices import existing_slices
 from mtmd_model.towers import Tower
 from mtmd_model.two_tower import TwoTower
 
@@ -36,36 +34,23 @@ class MTMD(TwoTower):
         ValueError: a task exists where its parent does not, or a domain has no feature or no task.
     """
 
-    exists_TSP: Tensor
-
     def __init__(self, schema: Schema, rows: Mapping[str, int], config: MTMDConfig) -> None:
         super().__init__(schema, config.constrained)
         self.config = config
-        exists_TSP = existing_slices(schema)
         self.query_tower = Tower("query", schema, rows, config)
         self.item_tower = Tower("item", schema, rows, config)
-        self.bias_TSP = nn.Parameter(torch.zeros(exists_TSP.shape))
-        self.register_buffer("exists_TSP", exists_TSP, persistent=False)
-
-    def set_bias(self, logits_TSP: Tensor) -> None:
-        """Start from these logits of P(task | given), by task, surface and product."""
-        with torch.no_grad():
-            self.bias_TSP.copy_(logits_TSP)
 
     def embed_query(self, query: TowerInput) -> dict[str, Tensor]:
         """Task -> (B, D), the vectors to store: emb_deep ∥ emb_shallow ∥ the surface's biases."""
-        embeddings = self.query_tower(query).embeddings
-        bias_TBP = (self.bias_TSP * self.exists_TSP)[:, query.domain]
-        return {
-            task: torch.cat([e_BD, b_BP], 1)
-            for (task, e_BD), b_BP in zip(embeddings.items(), bias_TBP.unbind(), strict=True)
-        }
+        return self.bias.append_to_query(self.query_tower(query).embeddings, query.domain)
 
     def embed_item(self, item: TowerInput) -> dict[str, Tensor]:
         """Task -> (B, D), the vectors to store: emb_deep ∥ emb_shallow ∥ the product, one-hot."""
-        embeddings = self.item_tower(item).embeddings
-        one_hot_BP = F.one_hot(item.domain, len(self.schema.products)).to(self.bias_TSP.dtype)
-        return {task: torch.cat([e_BD, one_hot_BP], 1) for task, e_BD in embeddings.items()}
+        return self.bias.append_to_item(self.item_tower(item).embeddings, item.domain)
+
+    def domains(self) -> list[list[dict[str, Counterpart]]]:
+        """Each tower's domains, to be pooled in training."""
+        return [self.query_tower.counterparts(), self.item_tower.counterparts()]
 
     def normalisation(self) -> dict[str, Any]:
         """Tower -> domain -> dense feature -> {mean, std, count} of its observed values."""

@@ -17,6 +17,7 @@ from mtmd_model.domain_expert import DomainExpert
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN
+from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import tasks_of
 
@@ -94,6 +95,22 @@ class Tower(nn.Module):
         embedding_BW = _Permute.apply(sorted_BW, groups.inverse_B, groups.order_B)
         parts = embedding_BW.split(list(self.widths.values()), 1)
         return TowerOutput(dict(zip(self.widths, parts, strict=True)), {d: out.gates_TBE for d, out in outputs.items()})
+
+    def counterparts(self) -> list[dict[str, Counterpart]]:
+        """Each domain's parameters by the part they play (see `partial_pooling`)."""
+        numbers = {task: n for n, task in enumerate(self.widths)}
+        out = []
+        for d in self.domains:
+            adaptation, expert = self.adaptation[module_key(d)], self.expert[module_key(d)]
+            assert isinstance(adaptation, DomainAdaptation)
+            assert isinstance(expert, DomainExpert)
+            tasks = [numbers[t] for t in self.tasks[d]]
+            of_expert = expert.counterparts(tasks, len(numbers), adaptation.own_columns, adaptation.key_columns)
+            out.append(
+                {f"adaptation.{n}": c for n, c in adaptation.counterparts().items()}
+                | {f"expert.{n}": c for n, c in of_expert.items()}
+            )
+        return out
 
     def statistics(self, domain: str) -> tuple[list[float], list[float], list[float]]:
         """Mean, variance and count of each of the tower's dense features in a domain."""

@@ -141,7 +141,7 @@ def train(
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(config.seed)
         model = build(config.architecture, encoder, config.model)
-        model.set_bias(slice_logits(data.window, encoder, model.constrained))
+        model.bias.set(slice_logits(data.window, encoder, model.constrained))
         module = RankerModule(model, config.optimiser)
         best = _BestEpoch(on_epoch)
         stop = EarlyStopping("validation_loss", patience=config.patience, check_finite=False)
@@ -208,29 +208,55 @@ def _names(files: Sequence[str | Path]) -> list[str]:
 
 
 class _BestEpoch(L.Callback):
-    """Keeps the weights of the epoch with the lowest validation loss, in memory."""
+    """Keeps the weights of the epoch with the lowest validation loss, in memory.
+
+    Separate parts of a model (`TwoTower.separate_parts`) keep those of their own best epoch each; one that has no
+    validation rows goes with the model.
+    """
 
     def __init__(self, on_epoch: OnEpoch | None) -> None:
         self.on_epoch = on_epoch
         self.loss = float("inf")
         self.epoch = 0
         self.weights: dict[str, Tensor] | None = None
+        self.part_loss: dict[str, float] = {}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning calls callbacks before the module, whose history therefore lacks this epoch
         assert isinstance(pl_module, RankerModule)
         entry = pl_module.finish_epoch()
-        loss = entry["validation_loss"]
         for name in ("train_loss", "validation_loss"):
             if entry[name] is not None and not math.isfinite(entry[name]):
                 raise RuntimeError(f"{name} of epoch {entry['epoch']} is {entry[name]}, not a finite number")
         if entry["validation_loss"] is None:
             self.epoch = entry["epoch"]
-        elif loss < self.loss:
-            self.loss, self.epoch = loss, entry["epoch"]
-            self.weights = {k: v.detach().cpu().clone() for k, v in pl_module.model.state_dict().items()}
+        else:
+            self._keep(entry, pl_module)
         if self.on_epoch is not None:
             self.on_epoch(entry)
+
+    def _keep(self, entry: Mapping[str, Any], module: RankerModule) -> None:
+        now = {k: v.detach().cpu().clone() for k, v in module.model.state_dict().items()}
+        parts = module.model.separate_parts()
+        losses = {prefix: module.slice_loss(slices) for prefix, slices in parts.items()}
+        old = self.weights
+        if entry["validation_loss"] < self.loss:
+            self.loss, self.epoch = entry["validation_loss"], entry["epoch"]
+            self.weights = dict(now)
+        assert self.weights is not None
+        for prefix, slices in parts.items():
+            if math.isnan(losses[prefix]):
+                continue
+            better = losses[prefix] < self.part_loss.get(prefix, math.inf)
+            source = now if better or old is None else old
+            if better:
+                self.part_loss[prefix] = losses[prefix]
+            for name in self.weights:
+                if name.startswith(prefix):
+                    self.weights[name] = source[name]
+            bias = self.weights["bias.logits_TSP"] = self.weights["bias.logits_TSP"].clone()
+            for s, p in slices:
+                bias[:, s, p] = source["bias.logits_TSP"][:, s, p]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Training, checkpoints and predictions know this class only, so that a contender 
 Shapes: B rows, T tasks, D width of a task's stored vector.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from mtmd_model.constrained import joint_logits
 from mtmd_model.cross import LowRankCross
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import GroupedLinear
+from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.schema import Schema
+from mtmd_model.slice_bias import SliceBias
 
 
 class TwoTower(nn.Module):
     """logit of P(task | given) = query vector . item vector, and nothing else.
 
-    A subclass implements `embed_query` and `embed_item`; one whose vectors depend on both sides' domains
+    A subclass has a `bias` of the slices and implements `embed_query` and `embed_item`; one whose vectors depend on both sides' domains
     (a tower pair a slice) overrides `embed` too.
 
     Args:
@@ -35,6 +37,7 @@ class TwoTower(nn.Module):
         super().__init__()
         self.schema = schema
         self.constrained = constrained
+        self.bias = SliceBias(schema)
 
     def embed_query(self, query: TowerInput) -> dict[str, Tensor]:
         """Task -> (B, D), the vectors to store; needs no item."""
@@ -48,9 +51,12 @@ class TwoTower(nn.Module):
         """Both sides' vectors of the same rows."""
         return self.embed_query(batch.query), self.embed_item(batch.item)
 
-    def set_bias(self, logits_TSP: Tensor) -> None:
-        """Start from these logits of P(task | given), by task, surface and product."""
-        raise NotImplementedError
+    def separate_parts(self) -> dict[str, Sequence[tuple[int, int]]]:
+        """Parts that share nothing with the rest: prefix of the parameters' names -> its (surface, product) numbers.
+
+        Each is stopped on its own slices; the rest on all. None unless a subclass says so.
+        """
+        return {}
 
     def embedding_tables(self) -> list[nn.Parameter]:
         """The parameters that are embedding tables; all others count as dense."""
@@ -66,6 +72,13 @@ class TwoTower(nn.Module):
             elif isinstance(module, LowRankCross):
                 found.extend(module.downs.parameters())
         return found
+
+    def domains(self) -> list[list[dict[str, Counterpart]]]:
+        """Parameters that several domains have each for itself, by tower and domain, for `partial_pooling`.
+
+        None unless a subclass says so.
+        """
+        return []
 
     def normalisation(self) -> dict[str, Any]:
         """What its parts normalise by, JSON-ready, for people to read; nothing unless a subclass says so."""

@@ -1,0 +1,197 @@
+"""The two-towers without domain modules that MTMD is measured against: pooled towers and slice towers.
+
+Each tower is a multilayer feed-forward network after feature pre-processing (paper section 3.2). What is not
+MTMD's architecture they share with it: features, loss, task chain, slice biases, layers of the same kind, vectors
+of the same width.
+
+Shapes: B rows, D width of a task's stored vector.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtmd_model.batch import Batch, DomainGroups, TowerInput
+from mtmd_model.domain_norm import DomainNorm
+from mtmd_model.embeddings import FeatureEmbeddings
+from mtmd_model.ffn import FFN, short_projection
+from mtmd_model.schema import Schema, Side
+from mtmd_model.towers import module_key
+from mtmd_model.two_tower import TwoTower
+
+EVERY = "every domain"
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    """Sizes of a plain two-tower; the defaults are the paper's widths of a deep expert.
+
+    Raises:
+        ValueError: a value that no model can have.
+    """
+
+    widths: tuple[int, ...] = (512, 256, 128, 128)
+    """Of the tower's layers."""
+    width_divisor: int = 1
+    """Every stored vector is as wide as MTMD's, emb_deep ∥ emb_shallow, divided by this."""
+    constrained: bool = True
+    """As in `MTMDConfig`."""
+    norm_clip: float = 5.0
+    """As in `MTMDConfig`."""
+    norm_horizon: int = 1_000_000
+    """As in `MTMDConfig`."""
+    embedding_std: float = 0.05
+    """As in `MTMDConfig`."""
+    dropout: float = 0.0
+    """As in `MTMDConfig`."""
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths must hold at least one width of 1 or more, got {self.widths!r}")
+        for name in ("width_divisor", "norm_horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.norm_clip <= 0 or self.embedding_std < 0:
+            raise ValueError(
+                "norm_clip must be above 0 and embedding_std not below, "
+                f"got {self.norm_clip!r} and {self.embedding_std!r}"
+            )
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> "PlainConfig":
+        """Inverse of `dataclasses.asdict`, also after a trip through JSON."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+        return cls(**values)
+
+    def vector_widths(self, schema: Schema) -> dict[str, int]:
+        """Task -> columns of its vector, without the bias coordinates."""
+        return {t.name: max(1, (t.width + SHALLOW) // self.width_divisor) for t in schema.tasks}
+
+
+SHALLOW = 64
+"""Columns of MTMD's emb_shallow in the paper (section 2.1.3)."""
+
+
+class PlainInput(nn.Module):
+    """Dense features standardised, missing ones learned values, ids embedded; the domain one-hot if asked for.
+
+    Args:
+        side: of the tower.
+        schema: for its features.
+        rows: rows of each categorical feature's vocabulary.
+        config: clip, horizon, initial embeddings.
+        domain: the only domain whose rows come in; None for rows of every domain, whose number is then one more
+            feature.
+    """
+
+    def __init__(
+        self, side: Side, schema: Schema, rows: Mapping[str, int], config: PlainConfig, domain: str | None = None
+    ) -> None:
+        super().__init__()
+        features = schema.side(side)
+        here = [replace(f, domains=(EVERY,) if domain is None or domain in f.domains else ()) for f in features]
+        dense = [f for f in here if f.kind == "dense"]
+        categorical = [f for f in here if f.kind == "categorical"]
+        self.norm = DomainNorm([bool(f.domains) for f in dense], config.norm_clip, config.norm_horizon)
+        self.embeddings = FeatureEmbeddings(categorical, rows, (EVERY,), config.embedding_std)
+        self.domains = len(schema.domains(side)) if domain is None else 0
+        self.width = len(dense) + sum(f.width for f in categorical) + self.domains
+
+    def forward(self, x: TowerInput) -> Tensor:
+        """Rows -> (B, width)."""
+        parts = [self.norm(x.dense), self.embeddings(x.ids, torch.zeros_like(x.domain))]
+        if self.domains:
+            parts.append(F.one_hot(x.domain, self.domains).to(parts[0].dtype))
+        return torch.cat(parts, 1)
+
+
+class PlainTower(nn.Module):
+    """An FFN after the features, and a linear map a task."""
+
+    def __init__(
+        self, side: Side, schema: Schema, rows: Mapping[str, int], config: PlainConfig, domain: str | None = None
+    ) -> None:
+        super().__init__()
+        self.widths = config.vector_widths(schema)
+        self.input = PlainInput(side, schema, rows, config, domain)
+        self.ffn = FFN(self.input.width, config.widths, config.dropout)
+        self.project = nn.ModuleList(short_projection(config.widths[-1], w) for w in self.widths.values())
+
+    def forward(self, x: TowerInput) -> dict[str, Tensor]:
+        """Rows -> task -> (B, D), without the bias coordinates."""
+        hidden_BH = self.ffn(self.input(x))
+        return {task: project(hidden_BH) for task, project in zip(self.widths, self.project, strict=True)}
+
+
+class PooledTowers(TwoTower):
+    """One plain two-tower for all slices, with surface and product as features."""
+
+    def __init__(self, schema: Schema, rows: Mapping[str, int], config: PlainConfig) -> None:
+        super().__init__(schema, config.constrained)
+        self.query_tower = PlainTower("query", schema, rows, config)
+        self.item_tower = PlainTower("item", schema, rows, config)
+
+    def embed_query(self, query: TowerInput) -> dict[str, Tensor]:
+        """Task -> (B, D), the vectors to store."""
+        return self.bias.append_to_query(self.query_tower(query), query.domain)
+
+    def embed_item(self, item: TowerInput) -> dict[str, Tensor]:
+        """Task -> (B, D), the vectors to store."""
+        return self.bias.append_to_item(self.item_tower(item), item.domain)
+
+
+class SliceTowers(TwoTower):
+    """One plain two-tower a slice, with tables, statistics and weights of its own: the models that MTMD replaced.
+
+    They are trained side by side in one run, no parameter of one sees a row of another, and each keeps the weights
+    of its own best epoch. A vector belongs to a slice, so that both sides must be known.
+    """
+
+    def __init__(self, schema: Schema, rows: Mapping[str, int], config: PlainConfig) -> None:
+        super().__init__(schema, config.constrained)
+        exists_SP = self.bias.exists_TSP.any(0)
+        self.slices = [
+            (s, p) for s in range(len(schema.surfaces)) for p in range(len(schema.products)) if exists_SP[s, p]
+        ]
+        self.towers = nn.ModuleDict()
+        for s, p in self.slices:
+            surface, product = schema.surfaces[s], schema.products[p]
+            query = PlainTower("query", schema, rows, config, surface)
+            item = PlainTower("item", schema, rows, config, product)
+            self.towers[self._key(s, p)] = nn.ModuleDict({"query": query, "item": item})
+
+    def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both sides' vectors of the same rows, each by its slice's own towers."""
+        products = len(self.schema.products)
+        slices = len(self.schema.surfaces) * products
+        groups = DomainGroups.of(batch.query.domain * products + batch.item.domain, slices)
+        ordered = batch.select(groups.order_B)
+        found: dict[Side, list[dict[str, Tensor]]] = {"query": [], "item": []}
+        start = 0
+        for number, count in enumerate(groups.counts):
+            if count:
+                block = ordered.slice(start, start + count)
+                towers = self.towers[self._key(number // products, number % products)]
+                assert isinstance(towers, nn.ModuleDict)
+                found["query"].append(towers["query"](block.query))
+                found["item"].append(towers["item"](block.item))
+                start += count
+        sides = {
+            side: {t: torch.cat([part[t] for part in parts]).index_select(0, groups.inverse_B) for t in parts[0]}
+            for side, parts in found.items()
+        }
+        query = self.bias.append_to_query(sides["query"], batch.query.domain)
+        return query, self.bias.append_to_item(sides["item"], batch.item.domain)
+
+    def separate_parts(self) -> dict[str, Sequence[tuple[int, int]]]:
+        """Each slice's towers stop on their own slice."""
+        return {f"towers.{self._key(s, p)}.": [(s, p)] for s, p in self.slices}
+
+    def _key(self, s: int, p: int) -> str:
+        return module_key(f"{self.schema.surfaces[s]} x {self.schema.products[p]}")
