@@ -8,6 +8,7 @@ from mtmd_model.encoder import Encoder
 from mtmd_model.mmoe_dcn import MMOEDCN, MMOEConfig
 from mtmd_model.mtmd import MTMD, MTMDConfig
 from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers
+from mtmd_model.product_mtmd import ProductMTMD
 from mtmd_model.schema import Schema
 from mtmd_model.two_tower import TwoTower
 
@@ -16,17 +17,18 @@ from mtmd_model.two_tower import TwoTower
 class Architecture:
     """How a model is made from its configuration."""
 
-    read_config: Callable[[Mapping[str, Any]], Any]
-    """A configuration from its JSON form."""
+    config: type[Any]
+    """Of its configurations: a dataclass with `preset` (a size by name) and `from_dict` (from JSON)."""
     build: Callable[[Schema, Mapping[str, int], Any], TwoTower]
     """A model from the schema, the vocabularies' rows and a configuration."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "mtmd": Architecture(MTMDConfig.from_dict, MTMD),
-    "slice_towers": Architecture(PlainConfig.from_dict, SliceTowers),
-    "pooled_towers": Architecture(PlainConfig.from_dict, PooledTowers),
-    "mmoe_dcn": Architecture(MMOEConfig.from_dict, MMOEDCN),
+    "mtmd": Architecture(MTMDConfig, MTMD),
+    "product_mtmd": Architecture(MTMDConfig, ProductMTMD),
+    "slice_towers": Architecture(PlainConfig, SliceTowers),
+    "pooled_towers": Architecture(PlainConfig, PooledTowers),
+    "mmoe_dcn": Architecture(MMOEConfig, MMOEDCN),
 }
 
 

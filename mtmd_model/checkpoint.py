@@ -104,7 +104,7 @@ def load(model_dir: str | Path, device: str = "cpu") -> Predictor:
     try:
         schema = Schema.from_dict(manifest["schema"])
         encoder = Encoder.from_dict(schema, manifest["encoder"])
-        config = ARCHITECTURES[manifest["architecture"]].read_config(manifest["model_config"])
+        config = ARCHITECTURES[manifest["architecture"]].config.from_dict(manifest["model_config"])
         with torch.random.fork_rng(devices=[]):
             model = build(manifest["architecture"], encoder, config)
         expected, stored_hash = fingerprint({key: manifest[key] for key in _IDENTITY}), manifest["tensors_sha256"]

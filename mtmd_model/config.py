@@ -6,6 +6,13 @@ from typing import Any, Literal
 
 from mtmd_model.schema import Task
 
+DIVISORS = {"paper": 1, "half": 2, "small": 4}
+"""What the paper's widths are divided by: `paper` is for a GPU, the others for CPUs and small data."""
+
+EXPERTS = ("deep", "task_shared", "domain_shared")
+"""What the routing layer weighs, in the order of its outputs."""
+KINDS = (*EXPERTS, "shallow")
+
 
 @dataclass(frozen=True)
 class MTMDConfig:
@@ -43,6 +50,16 @@ class MTMDConfig:
     """Standard deviation of a new embedding table."""
     dropout: float = 0.0
     """Dropped share of each expert layer's output in training; the paper has none."""
+    domain_norm: bool = True
+    """Statistics and learned values a domain (section 2.1.2); if not, one BatchNorm for all domains of a tower."""
+    excitation: bool = True
+    """Squeeze-and-excitation (section 2.1.2); if not, the fields stay as they are."""
+    routing: bool = True
+    """Experts weighed by the routing layer (section 2.1.5); if not, equally."""
+    experts: tuple[str, ...] = KINDS
+    """The kinds of expert it has (sections 2.1.3, 2.1.4)."""
+    deep_width: int | None = None
+    """Width of every task's emb_deep in place of the platform's (table 6), before the divisor."""
 
     def __post_init__(self) -> None:
         for name in ("deep", "shallow", "router"):
@@ -60,6 +77,10 @@ class MTMDConfig:
             raise ValueError(f"cross_rank must be in (0, 1], got {self.cross_rank!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if set(self.experts) - set(KINDS) or not self.mixed:
+            raise ValueError(f"experts must be among {KINDS} and hold one besides 'shallow', got {self.experts!r}")
+        if self.deep_width is not None and self.deep_width < 1:
+            raise ValueError(f"deep_width must be None or 1 or more, got {self.deep_width!r}")
         if self.norm_clip <= 0 or self.embedding_std < 0:
             raise ValueError(
                 "norm_clip must be above 0 and embedding_std not below, "
@@ -68,17 +89,15 @@ class MTMDConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "MTMDConfig":
-        """`paper` (for a GPU) or `small` (a quarter of every width, for CPUs and small data), with changes.
+        """A size of `DIVISORS`, with changes.
 
         Raises:
             ValueError: no such preset.
         """
-        if name == "paper":
-            return replace(cls(), **changes)
-        if name == "small":
-            quarter = cls(deep=(128, 64, 32, 32), shallow=(32, 16), router=(32, 16), width_divisor=4)
-            return replace(quarter, **changes)
-        raise ValueError(f"preset must be 'paper' or 'small', got {name!r}")
+        divisor = preset_divisor(name)
+        paper = cls()
+        widths: dict[str, Any] = {w: divided(getattr(paper, w), divisor) for w in ("deep", "shallow", "router")}
+        return replace(paper, **{**widths, "width_divisor": divisor, **changes})
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "MTMDConfig":
@@ -88,4 +107,26 @@ class MTMDConfig:
 
     def embedding_width(self, task: Task) -> int:
         """Width of a task's emb_deep."""
-        return max(1, (task.width if self.constrained else self.unconstrained_width) // self.width_divisor)
+        width = self.deep_width or (task.width if self.constrained else self.unconstrained_width)
+        return max(1, width // self.width_divisor)
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """The kinds of expert that the routing layer weighs, in the order of its outputs."""
+        return tuple(e for e in EXPERTS if e in self.experts)
+
+
+def preset_divisor(name: str) -> int:
+    """Of a name in `DIVISORS`.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if name not in DIVISORS:
+        raise ValueError(f"preset must be one of {list(DIVISORS)}, got {name!r}")
+    return DIVISORS[name]
+
+
+def divided(widths: tuple[int, ...], divisor: int) -> tuple[int, ...]:
+    """The widths of a preset."""
+    return tuple(w // divisor for w in widths)

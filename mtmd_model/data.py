@@ -113,6 +113,13 @@ class WindowData(L.LightningDataModule):
         self.window = load(encoder, train_files)
         self.validation = load(encoder, validation_files) if validation_files else None
 
+    def sample(self, rate: float) -> None:
+        """Keep this share of the training rows, drawn by the seed, in their order."""
+        if rate < 1:
+            keep = max(1, round(rate * len(self.window)))
+            generator = torch.Generator().manual_seed(self.seed)
+            self.window = self.window.select(torch.randperm(len(self.window), generator=generator)[:keep].sort().values)
+
     def train_dataloader(self) -> Feed:
         """Shuffled anew every epoch."""
         return Feed(self.window, self.encoder, self.batch_size, self.seed, self._epoch)

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from mtmd_model.config import MTMDConfig
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.partial_pooling import Axis, Counterpart
 from mtmd_model.schema import Feature
@@ -39,9 +40,7 @@ class DomainAdaptation(nn.Module):
         domain: name of the surface or product.
         dense: the tower's dense features.
         categorical: the tower's categorical features, in the order of the embedding columns.
-        clip: see `DomainNorm`.
-        horizon: see `DomainNorm`.
-        reduction: see `SqueezeExcitation`.
+        config: switches, and the sizes of `DomainNorm` and `SqueezeExcitation`.
 
     Raises:
         ValueError: the domain has no feature at all.
@@ -52,9 +51,7 @@ class DomainAdaptation(nn.Module):
         domain: str,
         dense: Sequence[Feature],
         categorical: Sequence[Feature],
-        clip: float,
-        horizon: int,
-        reduction: int,
+        config: MTMDConfig,
     ) -> None:
         super().__init__()
         fields = [(f, 1) for f in dense] + [(f, f.width) for f in categorical]
@@ -71,11 +68,18 @@ class DomainAdaptation(nn.Module):
         self.key_columns = [n for n, key in enumerate(is_key) if key] or [self.d_common]
         self.d_key = len(self.key_columns)
         self.own_fields = [n for n, (f, _) in enumerate(fields) if domain in f.domains]
-        self.norm = DomainNorm([domain in f.domains for f in dense], clip, horizon)
-        self.excitation = SqueezeExcitation([w for f, w in fields if domain in f.domains], reduction)
+        self.norm: nn.Module = nn.Identity()
+        if config.domain_norm:
+            present = [domain in f.domains for f in dense]
+            self.norm = DomainNorm(present, config.norm_clip, config.norm_horizon)
+        self.excitation: nn.Module = nn.Identity()
+        if config.excitation:
+            widths = [w for f, w in fields if domain in f.domains]
+            self.excitation = SqueezeExcitation(widths, config.se_reduction)
 
     def forward(self, dense_BF: Tensor, embedded_BW: Tensor) -> Adapted:
-        """(B, F) with NaN where missing and (B, W) -> the domain's layouts."""
+        """(B, F) with NaN where missing (normalised already where domains share a norm) and (B, W) -> the domain's
+        layouts."""
         raw_BS = torch.cat([self.norm(dense_BF), embedded_BW], 1)
         own_BD = self.excitation(_take(raw_BS, self.own_runs))
         key_BK = _take(raw_BS, self.key_runs) if self.key_runs else raw_BS.new_ones(len(raw_BS), 1)

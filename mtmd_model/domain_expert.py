@@ -16,9 +16,6 @@ from mtmd_model.domain_adaptation import Adapted
 from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm, short_projection
 from mtmd_model.partial_pooling import Counterpart
 
-EXPERTS = ("deep", "task_shared", "domain_shared")
-"""What the routing layer weighs, in the order of its outputs."""
-
 
 @dataclass(frozen=True)
 class ExpertOutput:
@@ -27,7 +24,7 @@ class ExpertOutput:
     embedding_BW: Tensor
     """The tasks' emb_deep ∥ emb_shallow, one task after another."""
     gates_TBE: Tensor
-    """The routing layer's weights, in the order of `EXPERTS`."""
+    """The experts' weights, in the order of `MTMDConfig.mixed`."""
 
 
 class DomainExpert(nn.Module):
@@ -45,38 +42,52 @@ class DomainExpert(nn.Module):
 
     def __init__(self, widths: tuple[int, ...], d_own: int, d_key: int, config: MTMDConfig) -> None:
         super().__init__()
-        tasks, d_mixed = len(widths), len(EXPERTS) * config.deep[-1]
+        self.tasks, self.mixed = len(widths), config.mixed
+        d_mixed = len(self.mixed) * config.deep[-1]
+        tasks = self.tasks
         self.norm_place = config.norm
-        self.deep_and_task_shared = GroupedFFN(tasks + 1, d_own, config.deep, dropout=config.dropout)
-        self.shallow = GroupedFFN(tasks, d_key, config.shallow, dropout=config.dropout)
-        self.router = GroupedFFN(tasks, d_own, config.router, d_out=len(EXPERTS))
+        self.own_experts = tasks * ("deep" in self.mixed) + ("task_shared" in self.mixed)
+        if self.own_experts:
+            self.deep_and_task_shared = GroupedFFN(self.own_experts, d_own, config.deep, dropout=config.dropout)
+        self.shallow = (
+            GroupedFFN(tasks, d_key, config.shallow, dropout=config.dropout) if "shallow" in config.experts else None
+        )
+        self.router = GroupedFFN(tasks, d_own, config.router, d_out=len(self.mixed)) if config.routing else None
         self.norm = GroupedLayerNorm(tasks, d_mixed) if config.norm != "none" else nn.Identity()
         rank = max(1, round(d_mixed * config.cross_rank))
         self.cross = LowRankCross(tasks, d_mixed, config.cross_layers, rank)
         self.project = nn.ModuleList(short_projection(d_mixed, width) for width in widths)
 
-        # emb_shallow starts short too
-        with torch.no_grad():
-            last = self.shallow.norms[-1]
-            assert isinstance(last, GroupedLayerNorm)
-            last.weight.mul_(0.5 * config.shallow[-1] ** -0.5)
+        if self.shallow is not None:
+            # emb_shallow starts short too
+            with torch.no_grad():
+                last = self.shallow.norms[-1]
+                assert isinstance(last, GroupedLayerNorm)
+                last.weight.mul_(0.5 * config.shallow[-1] ** -0.5)
 
     def forward(self, x: Adapted, domain_shared_BH: Tensor) -> ExpertOutput:
         """The adapted rows and the tower's shared expert's output for them."""
-        experts_EBH = self.deep_and_task_shared(x.own_BD)
-        deep_TBH, task_shared_BH = experts_EBH[:-1], experts_EBH[-1]
         gates_TBE = self.gates(x.own_BD)
         # the gates stay in fp32 where the experts are bf16: one in bf16 has three digits
-        g_deep, g_task, g_domain = gates_TBE.split(1, -1)
-        mixed_TBM = torch.cat([g_deep * deep_TBH, g_task * task_shared_BH, g_domain * domain_shared_BH], -1)
+        weights = gates_TBE.split(1, -1)
+        outputs = self._outputs(x.own_BD, domain_shared_BH)
+        mixed_TBM = torch.cat([g_TB1 * output for g_TB1, output in zip(weights, outputs, strict=True)], -1)
 
         pre = self.norm_place == "pre"
         crossed_TBM = self.cross(self.norm(mixed_TBM)) if pre else self.norm(self.cross(mixed_TBM))
-        parts = []
-        tasks = zip(self.project, crossed_TBM.unbind(), self.shallow(x.key_BK).unbind(), strict=True)
-        for project, crossed_BM, shallow_BH in tasks:
-            parts += [project(crossed_BM), shallow_BH]
+        parts = [project(crossed_BM) for project, crossed_BM in zip(self.project, crossed_TBM.unbind(), strict=True)]
+        if self.shallow is not None:
+            # a task's two parts side by side
+            parts = [part for pair in zip(parts, self.shallow(x.key_BK).unbind(), strict=True) for part in pair]
         return ExpertOutput(torch.cat(parts, 1), gates_TBE)
+
+    def _outputs(self, own_BD: Tensor, domain_shared_BH: Tensor) -> list[Tensor]:
+        """Each kind's output, (T, B, H) or the same for all tasks, (B, H)."""
+        own_EBH = self.deep_and_task_shared(own_BD) if self.own_experts else None
+        found = {"domain_shared": domain_shared_BH}
+        if own_EBH is not None:
+            found |= {"deep": own_EBH[: self.tasks], "task_shared": own_EBH[-1]}
+        return [found[kind].expand(self.tasks, -1, -1) for kind in self.mixed]
 
     def counterparts(
         self, tasks: Sequence[int], every_task: int, own_columns: Sequence[int], key_columns: Sequence[int]
@@ -97,12 +108,19 @@ class DomainExpert(nn.Module):
                 place, _, kind = rest.partition(".")
                 out[f"project.task {tasks[int(place)]}.{kind}"] = Counterpart(p, (None,) * p.dim())
                 continue
-            networks = [*tasks, every_task] if part == "deep_and_task_shared" else tasks
+            networks = tasks
+            if part == "deep_and_task_shared":
+                networks = [
+                    *tasks[: self.tasks * ("deep" in self.mixed)],
+                    *[every_task] * ("task_shared" in self.mixed),
+                ]
             columns = first[part] if part in first and rest == "linears.0.weight" else None
             out[name] = Counterpart(p, (networks, columns, *(None,) * (p.dim() - 2)))
         return out
 
     def gates(self, own_BD: Tensor) -> Tensor:
         """(B, D) -> (T, B, experts), each row's weights, in fp32 at least, also under autocast."""
+        if self.router is None:
+            return own_BD.new_full((self.tasks, len(own_BD), len(self.mixed)), 1 / len(self.mixed))
         with torch.autocast(own_BD.device.type, enabled=False):
             return self.router(own_BD.to(torch.promote_types(own_BD.dtype, torch.float32))).softmax(-1)

@@ -7,12 +7,14 @@ Shapes: B rows, E experts, T tasks, D width of a task's stored vector.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mtmd_model.batch import TowerInput
+from mtmd_model.config import divided, preset_divisor
 from mtmd_model.cross import LowRankCross
 from mtmd_model.ffn import GroupedFFN, GroupedLinear, short_projection
 from mtmd_model.plain import PlainConfig, PlainInput
@@ -34,6 +36,11 @@ class MMOEConfig(PlainConfig):
     """Low-rank cross layers after them."""
     cross_rank: float = 0.25
     """Their rank, as a share of the input's width."""
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """As `PlainConfig.preset`; the gates are divided too."""
+        return replace(super().preset(name, gate=divided(cls().gate, preset_divisor(name))), **changes)
 
     def __post_init__(self) -> None:
         super().__post_init__()

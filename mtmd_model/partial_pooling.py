@@ -123,9 +123,9 @@ class _Block:
         with torch.no_grad():
             common = torch.zeros(start, device=device)
             # the first domain that has an entry decides where all start
-            for parameters, place in reversed(list(zip(self.parameters, self.places, strict=True))):
+            for parameters, flat in reversed(list(zip(self.parameters, self.places, strict=True))):
                 if parameters:
-                    common[place] = torch.cat([p.flatten() for p in parameters])
+                    common[flat] = torch.cat([p.flatten() for p in parameters])
         self.common = nn.Parameter(common)
         self.deviations = [nn.Parameter(torch.zeros(len(place), device=device)) for place in self.places]
 

@@ -9,13 +9,14 @@ Shapes: B rows, D width of a task's stored vector.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtmd_model.batch import Batch, DomainGroups, TowerInput
+from mtmd_model.config import divided, preset_divisor
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN, short_projection
@@ -64,7 +65,17 @@ class PlainConfig:
             )
 
     @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> "PlainConfig":
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A size of `config.DIVISORS`, with changes.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        divisor = preset_divisor(name)
+        return replace(cls(widths=divided(cls().widths, divisor), width_divisor=divisor), **changes)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """Inverse of `dataclasses.asdict`, also after a trip through JSON."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
         return cls(**values)

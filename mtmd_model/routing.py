@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mtmd_model.batch import Batch
-from mtmd_model.domain_expert import EXPERTS
 from mtmd_model.towers import Tower
 
 
@@ -39,7 +38,7 @@ def routing_summary(query_tower: Tower, item_tower: Tower, batches: Iterable[Bat
         tasks = (query_tower if side == "query" else item_tower).tasks[domain]
         for t, task in enumerate(tasks):
             mean_E = gate_TE[t] / rows
-            for e, expert in enumerate(EXPERTS):
+            for e, expert in enumerate(query_tower.mixed):
                 out.append(
                     {
                         "tower": side,

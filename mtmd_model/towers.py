@@ -56,7 +56,8 @@ class Tower(nn.Module):
         self.domains = schema.domains(side)
         self.tasks = {d: tuple(t.name for t in tasks_of(schema, side, d)) for d in self.domains}
         deep_width = {t.name: config.embedding_width(t) for t in schema.tasks}
-        self.widths = {task: deep + config.shallow[-1] for task, deep in deep_width.items()}
+        shallow_width = config.shallow[-1] if "shallow" in config.experts else 0
+        self.widths = {task: deep + shallow_width for task, deep in deep_width.items()}
 
         features = schema.side(side)
         self.dense = dense = tuple(f for f in features if f.kind == "dense")
@@ -65,29 +66,36 @@ class Tower(nn.Module):
         self.adaptation = nn.ModuleDict()
         self.expert = nn.ModuleDict()
         for d in self.domains:
-            adaptation = DomainAdaptation(
-                d, dense, self.embeddings.fields, config.norm_clip, config.norm_horizon, config.se_reduction
-            )
+            adaptation = DomainAdaptation(d, dense, self.embeddings.fields, config)
             deep_widths = tuple(deep_width[t] for t in self.tasks[d])
             self.adaptation[module_key(d)] = adaptation
             self.expert[module_key(d)] = DomainExpert(deep_widths, adaptation.d_own, adaptation.d_key, config)
-        self.domain_shared = FFN(adaptation.d_common, config.deep, config.dropout)
+        self.mixed = config.mixed
+        self.domain_shared = None
+        if "domain_shared" in config.mixed:
+            self.domain_shared = FFN(adaptation.d_common, config.deep, config.dropout)
+        # the ablation: one normalisation for all rows, whatever their domain
+        self.norm = (
+            None if config.domain_norm else DomainNorm([True] * len(dense), config.norm_clip, config.norm_horizon)
+        )
 
     def forward(self, x: TowerInput) -> TowerOutput:
         """(B, ...) columns -> every task's embedding."""
         if not len(x):
-            like = self.domain_shared.linears[0].weight
-            assert isinstance(like, Tensor)
+            like = next(self.parameters())
             return TowerOutput({task: like.new_zeros(0, width) for task, width in self.widths.items()}, {})
         groups = x.grouped(len(self.domains))
         dense_BF = x.dense.index_select(0, groups.order_B)
+        if self.norm is not None:
+            dense_BF = self.norm(dense_BF)
         ids_BC = x.ids.index_select(0, groups.order_B)
         embedded_BW = self.embeddings(ids_BC, x.domain.index_select(0, groups.order_B))
 
         counts = list(groups.counts)
         blocks = zip(self.domains, dense_BF.split(counts), embedded_BW.split(counts), strict=True)
         adapted = {d: self.adaptation[module_key(d)](dense, embedded) for d, dense, embedded in blocks if len(dense)}
-        shared_BH = self.domain_shared(torch.cat([a.common_BS for a in adapted.values()]))
+        common_BS = torch.cat([a.common_BS for a in adapted.values()])
+        shared_BH = common_BS[:, :0] if self.domain_shared is None else self.domain_shared(common_BS)
         shared = dict(zip(adapted, shared_BH.split([n for n in counts if n]), strict=True))
         outputs = {d: self.expert[module_key(d)](adapted[d], shared[d]) for d in adapted}
 
@@ -114,7 +122,7 @@ class Tower(nn.Module):
 
     def statistics(self, domain: str) -> tuple[list[float], list[float], list[float]]:
         """Mean, variance and count of each of the tower's dense features in a domain."""
-        norm = self.adaptation[module_key(domain)].norm
+        norm = self.adaptation[module_key(domain)].norm if self.norm is None else self.norm
         assert isinstance(norm, DomainNorm)
         return norm.mean.tolist(), norm.var.tolist(), norm.count.tolist()
 

@@ -43,6 +43,8 @@ class TrainConfig:
     """The architecture's configuration; for `mtmd` an `MTMDConfig`."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     """AdamW and its learning rate."""
+    sample_rate: float = 1.0
+    """Share of the training rows to learn from, drawn by the seed; validation takes all."""
     batch_size: int = 4096
     """Largest number of rows of a batch."""
     max_epochs: int = 12
@@ -65,6 +67,8 @@ class TrainConfig:
         for name in ("batch_size", "max_epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate!r}")
         if not 0 <= self.gradient_clip < math.inf:
             raise ValueError(f"gradient_clip must be 0 or more, got {self.gradient_clip!r}")
         if self.accelerator not in ("auto", "cpu", "gpu"):
@@ -134,6 +138,7 @@ def train(
     for f, digest in hashes.items():
         if checkpoint.file_hash(f) != digest:
             raise RuntimeError(f"{f} changed while it was read: train again")
+    data.sample(config.sample_rate)
     _check_labels(data.window, "training")
     if data.validation is not None:
         _check_labels(data.validation, "validation")
