@@ -1,12 +1,16 @@
 # Everything is self-sufficient on a fresh clone with Python 3.11+ and make.
 PYTHON ?= python3
 PLATFORM ?= adworld
-export Q
+# As it was typed: make leaves its dollar signs alone.
+override export Q := $(value Q)
 BIN := .venv/bin
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: demo test lint ui sql scoreboard clean
-.DEFAULT_GOAL := demo
+.PHONY: help demo test lint ui sql scoreboard results tune clean
+.DEFAULT_GOAL := help
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/ready ## Run the whole pipeline: PLATFORM=adworld (default) or PLATFORM=kuairand DATA=folder
 	@$(BIN)/mtmd demo --platform $(PLATFORM) $(DATA_FLAG)
@@ -19,14 +23,20 @@ lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ui: .venv/ready ## The Dagster UI on http://localhost:3000
-	@$(BIN)/mtmd ui
+ui: .venv/ready ## The Dagster UI on http://localhost:3000, or another PORT
+	@$(BIN)/mtmd ui $(if $(PORT),--port "$(PORT)")
 
 sql: .venv/ready ## A DuckDB prompt on the tables, or one query: make sql Q="FROM slice_metrics"
 	@$(BIN)/mtmd sql --platform $(PLATFORM) $(if $(Q),"$$Q")
 
-scoreboard: .venv/ready ## LogMAE by slice and task
+scoreboard: .venv/ready ## LogMAE by slice and task, of every evaluated day
 	@$(BIN)/mtmd scoreboard --platform $(PLATFORM)
+
+results: .venv/ready ## MTMD against its contenders, into docs/results.md: MODELS=all for the ablations too
+	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)")
+
+tune: .venv/ready ## The search behind the settings of MTMD and its contenders
+	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG)
 
 clean: ## Remove the environment; the home (.mtmd) stays
 	rm -rf .venv

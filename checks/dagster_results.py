@@ -8,8 +8,10 @@ from checks.missingness import MissingnessResult, markdown
 if TYPE_CHECKING:
     import dagster as dg
 
-CONTRACT, ACCOUNTING, DRIFT = "feature_contract", "row_accounting", "feature_drift"
-"""Names of the checks: contract and accounting gate a day, drift only warns."""
+    from checks.routing import Signature
+
+CONTRACT, ACCOUNTING, DRIFT, ROUTING = "feature_contract", "row_accounting", "feature_drift", "routing"
+"""Names of the checks: contract and accounting gate a day, drift and routing only warn."""
 
 
 class RowCounts(Protocol):
@@ -100,3 +102,20 @@ def check_specs(asset_key: "dg.AssetKey") -> "list[dg.AssetCheckSpec]":
         DRIFT: "Missing rates are near those of the trailing days. Warns only.",
     }
     return [dg.AssetCheckSpec(name, asset=asset_key, description=d) for name, d in described.items()]
+
+
+def routing_result(found: "Sequence[Signature]", asset_key: "dg.AssetKey | None" = None) -> "dg.AssetCheckResult":
+    """Whether a router shows a failure signature: a warning at most."""
+    import dagster as dg
+
+    lines = ["| tower | domain | task | fault | |", "|---|---|---|---|---|"]
+    lines += [f"| {s.tower} | {s.domain} | {s.task} | {s.fault} | {s.says} |" for s in found]
+    worst = "; ".join(f"{s.tower} {s.domain} {s.task}: {s.says}" for s in found[:3])
+    return dg.AssetCheckResult(
+        check_name=ROUTING,
+        asset_key=asset_key,
+        passed=not found,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=worst + (" …" if len(found) > 3 else "") or "every router uses its experts",
+        metadata={"faults": len(found), **({"routers": dg.MarkdownMetadataValue("\n".join(lines))} if found else {})},
+    )

@@ -1,10 +1,11 @@
 """Jobs and schedules: data and models apart for backfills, both together every day."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from mtmd_assets.assets import embeddings, evaluation
+from mtmd_assets.assets import embeddings, evaluation, experiments
 from mtmd_assets.assets.common import asset_key
 from mtmd_assets.home import Site
 
@@ -16,13 +17,18 @@ MODEL_TABLES = ("models", *evaluation.TABLES, *embeddings.TABLES)
 
 
 def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
-    """`<platform>_data`, `<platform>_models` and `<platform>_daily`, which is both.
+    """`<platform>_data`, `<platform>_models` and `<platform>_daily`, which is both; `<platform>_experiments` and
+    `<platform>_improvements`.
 
     One process a run: the steps are few, and each process would pay for torch and Lightning again.
     """
     platform = site.platform
-    everything = dg.AssetSelection.key_prefixes([platform.name])
-    models = dg.AssetSelection.assets(*(asset_key(platform, t) for t in MODEL_TABLES))
+
+    def assets(tables: Iterable[str]) -> dg.AssetSelection:
+        return dg.AssetSelection.assets(*(asset_key(platform, t) for t in tables))
+
+    models, tried, compared = assets(MODEL_TABLES), assets(experiments.TABLES), assets(["improvements"])
+    everything = dg.AssetSelection.key_prefixes([platform.name]) - tried - compared
     described = {
         "data": (everything - models, "Build, check and publish days of logs, scores and joined examples."),
         "models": (
@@ -30,6 +36,8 @@ def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
             "Train on the window that ends on the day; evaluate and embed the day by the model of the day before.",
         ),
         "daily": (everything, "Yesterday, from its logs to its embeddings."),
+        "experiments": (tried, "Train mtmd, its contenders and its ablations through the day before; score the day."),
+        "improvements": (compared, "By how much mtmd beats each of them, over the evaluation days up to the day."),
     }
     return [
         dg.define_asset_job(

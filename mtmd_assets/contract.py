@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     import duckdb
 
 
-def contract_rules(platform: Platform, day: date) -> list[ContractRule]:
+def contract_rules(platform: Platform, day: date, with_history: bool = True) -> list[ContractRule]:
     """One rule a slice and feature: `present` up to its `max_missing`, or `absent` everywhere else.
 
-    A feature from history has rules from the first day on which its whole look-back lies in the log.
+    A feature from history has rules from the first day on which its whole look-back lies in the log; none at all
+    unless `with_history`.
     """
-    features = [f for f in platform.features if not f.history or day >= platform.start + timedelta(f.history.days)]
+    features = [
+        f
+        for f in platform.features
+        if not f.history or (with_history and day >= platform.start + timedelta(f.history.days))
+    ]
     return [
         ContractRule(surface, product, f.name, "present", 0.0, f.max_missing)
         if platform.has(f, surface, product)
@@ -29,7 +34,9 @@ def contract_rules(platform: Platform, day: date) -> list[ContractRule]:
     ]
 
 
-def measure_contract(con: "duckdb.DuckDBPyConnection", platform: Platform, day: date, examples: Path) -> pl.DataFrame:
+def measure_contract(
+    con: "duckdb.DuckDBPyConnection", platform: Platform, day: date, examples: Path, with_history: bool = True
+) -> pl.DataFrame:
     """The rows of `feature_contract` for a day; also left in `con` as the temp table `contract_of_day`.
 
     Args:
@@ -37,8 +44,9 @@ def measure_contract(con: "duckdb.DuckDBPyConnection", platform: Platform, day: 
         platform: decides the rules.
         day: the examples' day.
         examples: their Parquet file, staged or published.
+        with_history: whether features from history have rules.
     """
-    rules = contract_rules(platform, day)
+    rules = contract_rules(platform, day, with_history)
     features = list(dict.fromkeys(r.feature for r in rules))
     con.register("contract", pl.DataFrame(rules))
     # Only the contract's columns, so that counting them all in one scan reads nothing else.

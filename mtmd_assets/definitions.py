@@ -11,6 +11,7 @@ import dagster as dg
 from mtmd_assets.assets.data import data_assets
 from mtmd_assets.assets.embeddings import embedding_assets
 from mtmd_assets.assets.evaluation import evaluation_assets
+from mtmd_assets.assets.experiments import experiment_assets
 from mtmd_assets.assets.training import training_assets
 from mtmd_assets.automation import jobs, schedule
 from mtmd_assets.home import Home, Site
@@ -27,10 +28,16 @@ def platform_definitions(site: Site) -> dg.Definitions:
 
 
 def _platform_definitions(site: Site) -> dg.Definitions:
-    data, models, daily = jobs(site)
+    data, models, daily, tried, compared = jobs(site)
     return dg.Definitions(
-        assets=[data_assets(site), training_assets(site), evaluation_assets(site), embedding_assets(site)],
-        jobs=[data, models, daily],
+        assets=[
+            data_assets(site),
+            training_assets(site),
+            evaluation_assets(site),
+            embedding_assets(site),
+            *experiment_assets(site),
+        ],
+        jobs=[data, models, daily, tried, compared],
         schedules=[schedule(site, daily)],
     )
 

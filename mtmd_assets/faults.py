@@ -16,7 +16,7 @@ class BadFile(ValueError):
 
     def __init__(self, problem: str, *, file: str, day: date, column: str | None = None, received: object = None):
         """`problem` in words; `file`, `day`, `column` and the value `received` locate it."""
-        self.file, self.day, self.column, self.received = file, day, column, received
+        self.problem, self.file, self.day, self.column, self.received = problem, file, day, column, received
         where = f"{file}, day {day}" + (f", column {column}" if column else "")
         super().__init__(f"{where}: {problem}" + (f" (received {received!r})" if received is not None else ""))
 
@@ -24,7 +24,7 @@ class BadFile(ValueError):
 class Withheld(RuntimeError):
     """A day cannot be built yet: something it depends on is not published. The message says what to build."""
 
-    def __init__(self, message: str, days: Sequence[date] = ()):
-        """`days`: the days that must be built first, where it is a matter of days."""
+    def __init__(self, message: str, days: Sequence[date] = (), table: str = "impressions"):
+        """`days`: the days of `table` that must be built first, where it is a matter of days."""
         super().__init__(message)
-        self.days = tuple(days)
+        self.days, self.table = tuple(days), table

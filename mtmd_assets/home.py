@@ -63,8 +63,11 @@ class Home:
         Raises:
             PlatformError: if a registered platform file does not hold together.
         """
-        names = sorted({p.parent.name for p in self.root.glob("*/platform.yaml")} - {ALWAYS})
-        return [self.site(n) for n in (ALWAYS, *names)]
+        return [self.site(n) for n in (ALWAYS, *sorted(self.names() - {ALWAYS}))]
+
+    def names(self) -> set[str]:
+        """The platforms that have a folder with their file in this home."""
+        return {p.parent.name for p in self.root.glob("*/platform.yaml")}
 
     def site(self, name: str) -> Site:
         """One platform of the home; adworld as shipped until it is registered with changes.
@@ -84,14 +87,33 @@ class Home:
         return (self.root / name / "platform.yaml").is_file()
 
     def register(self, file_or_name: str, data: str | None = None) -> Site:
-        """Copy a platform file (or a shipped platform, by name) into the home.
+        """Copy a platform file (or a shipped platform, by name) into the home; arguments as of `read`.
+
+        Raises:
+            PlatformError: if the file is refused; then nothing is registered.
+        """
+        platform, text = self.read(file_or_name, data)
+        folder = self.root / platform.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draft = folder / f"platform.yaml.{os.getpid()}"
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, folder / "platform.yaml")
+        except OSError as e:
+            raise PermissionError(
+                f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
+            ) from e
+        return Site(platform, folder)
+
+    def read(self, file_or_name: str, data: str | None = None) -> tuple[Platform, str]:
+        """The platform that `register` would register, and the text of its file.
 
         Args:
             file_or_name: a YAML file, or `adworld` or `kuairand`.
             data: the folder of its logs, for a source that takes one.
 
         Raises:
-            PlatformError: if the file is refused; then nothing is registered.
+            PlatformError: if the file is refused.
         """
         shipped = SHIPPED / f"{file_or_name}.yaml"
         file = shipped if shipped.is_file() else Path(file_or_name)
@@ -106,17 +128,8 @@ class Home:
             content["source"]["data"] = str(Path(data).absolute())
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         platform = parse_platform(text, str(file))
-        folder = self.root / platform.name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            draft = folder / f"platform.yaml.{os.getpid()}"
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / "platform.yaml")
-        except OSError as e:
-            raise PermissionError(
-                f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
-            ) from e
-        return Site(platform, folder)
+        _refuse_disguise(platform, file)
+        return platform, text
 
     def prepare_dagster(self) -> Path:
         """Dagster's folder in this home, with the settings of the checkout's `dagster.yaml`; set as `DAGSTER_HOME`.
@@ -138,3 +151,13 @@ class Home:
             ) from e
         os.environ["DAGSTER_HOME"] = str(folder)
         return folder
+
+
+def _refuse_disguise(platform: Platform, file: Path) -> None:
+    """Logs of one's own under a shipped platform's name would take its place, and its days stay under them."""
+    shipped = SHIPPED / f"{platform.name}.yaml"
+    if shipped.is_file() and load_platform(shipped).source.kind != platform.source.kind:
+        raise PlatformError(
+            f"{file}: name: that is a shipped platform, of another kind of source: choose another name "
+            f"(received {platform.name!r})"
+        )

@@ -16,8 +16,10 @@ import polars as pl
 
 from mtmd_assets.faults import BadFile
 from mtmd_assets.platform import Platform
+from mtmd_assets.snapshots import varying
 from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import Columns, tables
+from mtmd_model.schema import Side
 
 if TYPE_CHECKING:
     import duckdb
@@ -62,7 +64,8 @@ def take_in(platform: Platform, log: LogDay, day: date, con: "duckdb.DuckDBPyCon
 
     Raises:
         BadFile: if a column is missing or of another type, the day is empty, holds rows of another day or a row
-            without `ts`, has no row in scope, or more than `join.max_rejected` of its rows in scope are faulty.
+            without `ts`, has no row in scope, more than `join.max_rejected` of its rows in scope are faulty, or what
+            belongs to a request (or an item) varies within it.
     """
     wanted, file = tables(platform)["impressions"], log.impressions_file
     received = log.impressions
@@ -84,6 +87,7 @@ def take_in(platform: Platform, log: LogDay, day: date, con: "duckdb.DuckDBPyCon
     good = verdict.is_null()
     accepted = typed if not reasons else typed.filter(good)
     con.register("accepted_impressions", accepted)
+    _check_snapshots(con, platform, file, day)
     _leave_rejected(con, received.filter(~good), typed["impression_id"].filter(~good), verdict.filter(~good))
     con.register("log_received", pl.DataFrame({"received": [received.height]}))
     con.execute("DROP VIEW IF EXISTS received_scores")
@@ -176,6 +180,16 @@ def _check_day(typed: pl.DataFrame, received: pl.DataFrame, platform: Platform, 
     if len(others):
         problem = f"{len(others)} of {typed.height} rows are of another day ({platform.time_zone})"
         raise BadFile(problem, file=file, day=day, column=column, received=str(others[0]))
+
+
+def _check_snapshots(con: "duckdb.DuckDBPyConnection", platform: Platform, file: str, day: date) -> None:
+    """The accepted rows of a request agree in what is the request's, those of an item in what is the item's."""
+    sides: tuple[Side, ...] = ("query", "item")
+    for side in sides:
+        features = [f.name for f in platform.features if f.side == side and not f.history]
+        problem = varying(con, "accepted_impressions", side, features)
+        if problem:
+            raise BadFile(problem, file=file, day=day)
 
 
 # -- faults of rows ----------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ CHILD_TOLERANCE = 1e-9
 SCORE_FAULTS = ("orphan", "invalid_score", "child_exceeds_parent")
 """Reasons of score rows that count towards `join.max_rejected`; the others are ordinary."""
 
+TURNED_AWAY = ("out_of_scope", "impression_rejected")
+"""Reasons of score rows whose impression the log's intake rejected, and counted: no part of the share here."""
+
 UNSCORED = ("no_score", "only_invalid_scores", "only_late_scores")
 """Reasons of impressions that count towards `join.max_rejected`."""
 
@@ -248,7 +251,7 @@ def _check_share(
 ) -> None:
     """Refuse the day if too large a share of a table's rows has one of the reasons `faults`."""
     counts = dict(con.execute(f"SELECT reason, count(*) FROM {verdicts} GROUP BY ALL ORDER BY 2 DESC, 1").fetchall())
-    rows = sum(n for reason, n in counts.items() if reason != "out_of_scope")
+    rows = sum(n for reason, n in counts.items() if reason not in TURNED_AWAY)
     found = {reason: n for reason, n in counts.items() if reason in faults}
     if sum(found.values()) > limit * rows:
         what = "lack a valid score" if table == "impressions" else "are invalid or of no impression"

@@ -1,7 +1,8 @@
 """Which model was trained on which window, and loading it again.
 
 A version is a folder `models/<version>/` (see `mtmd_model.checkpoint`) and a row of the table `models`. It is named
-after its window's last day and a hash of all that went into it, so that training the same again gives the same name.
+after its window's last day and a hash of all that went into it and of its weights. Training the same again gives the
+same name, unless the machine gives other weights: what an older model predicted is never under a newer one's name.
 """
 
 import hashlib
@@ -37,7 +38,9 @@ def trained_on(site: Site, last_day: date) -> ModelRecord:
     """
     if not site.warehouse.published("models", last_day):
         raise Withheld(
-            f"no model is trained through {last_day}: materialise {site.platform.name}/models for {last_day}"
+            f"no model is trained through {last_day}: materialise {site.platform.name}/models for {last_day}",
+            [last_day],
+            "models",
         )
     query = (
         "SELECT model_version, seed, window_start, window_end FROM models WHERE ds = ? AND model = 'mtmd' AND promoted"
@@ -59,13 +62,15 @@ def load(site: Site, record: ModelRecord) -> "Predictor":
     if model.encoder.schema != site.platform.model_schema:
         raise Withheld(
             f"model {record.version} was trained under another platform file (other features, tasks or slices): "
-            f"materialise {site.platform.name}/models for {record.window_end} again"
+            f"materialise {site.platform.name}/models for {record.window_end} again",
+            [record.window_end],
+            "models",
         )
     return model
 
 
 def version_name(last_day: date, ingredients: dict[str, Any]) -> str:
-    """`<last day>-<hash of everything that went in>`."""
+    """`<last day>-<hash of everything that went in, and of the weights>`."""
     text = json.dumps(ingredients, sort_keys=True, default=str)
     return f"{last_day}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -80,3 +85,9 @@ def code_version() -> str:
     for file in sorted(folder.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

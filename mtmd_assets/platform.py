@@ -22,6 +22,7 @@ from mtmd_assets.platform_parts import (
     Contract,
     Day,
     Drift,
+    Experiments,
     Fault,
     Frozen,
     Integer,
@@ -69,6 +70,7 @@ class Platform(Frozen):
     contract: Contract = Contract()
     drift: Drift = Drift()
     training: Training = Training()
+    experiments: Experiments = Experiments()
     schedule_hour: Integer = Field(6, ge=0, le=23)
     """The hour of the day, in `time_zone`, at which yesterday is built and trained on."""
 

@@ -1,17 +1,57 @@
-"""What must hold between the parts of a platform file. Every check raises `Fault`."""
+"""What must hold between the parts of a platform file. Every check raises `Fault`; `in_words` makes one of pydantic's."""
 
+import re
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
 from mtmd_assets.platform_parts import Fault, Feature, ParquetSource, Task, refuse_duplicates
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from mtmd_assets.platform import Platform
 
 IDS = ("impression_id", "request_id", "user_id", "item_id")
 ENTITIES = {"query": ("user_id", "surface"), "item": ("item_id", "product")}
 """Side -> the columns of every log that belong to it."""
+
+
+_IN_WORDS = {
+    "extra_forbidden": "no such key",
+    "missing": "needed",
+    "union_tag_not_found": "needed",
+    "union_tag_invalid": "expected one of {expected_tags}",
+    "literal_error": "expected {expected}",
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
+    "too_short": "expected at least {min_length} of them",
+    "too_long": "expected at most {max_length} of them",
+    "string_too_short": "expected text that is not empty",
+    "string_type": "expected text",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "finite_number": "expected a number",
+    "bool_type": "expected true or false",
+    "tuple_type": "expected a list",
+    "dict_type": "expected keys and values",
+    "model_type": "expected keys and values",
+    "model_attributes_type": "expected keys and values",
+}
+"""Pydantic's types of error."""
+
+
+def in_words(error: "ErrorDetails") -> Fault:
+    """One of pydantic's errors as a person would say it; the fault's key is relative to the error's place."""
+    kind, context = error["type"], error.get("ctx", {})
+    known = _IN_WORDS.get(kind)
+    said = known.format(**context) if known else error["msg"].removeprefix("Value error, ")
+    said = re.sub(r"datetime\.date\((\d+), (\d+), (\d+)\)", lambda m: str(date(*map(int, m.groups()))), said)
+    key = "kind" if kind.startswith("union_tag") else ""
+    received = context["tag"] if kind == "union_tag_invalid" else None if said == "needed" else error["input"]
+    return Fault(key, said, received)
 
 
 def check(platform: "Platform") -> None:

@@ -274,16 +274,43 @@ class Training(Frozen):
 
     window_days: Integer = Field(7, ge=2, le=400)
     """Days of a training window; the last one decides when to stop, the others are trained on."""
-    preset: Literal["small", "paper"] = "small"
+    preset: Literal["small", "half", "paper"] = "small"
     max_epochs: Integer = Field(12, gt=0)
     patience: Integer = Field(3, gt=0)
     batch_size: Integer = Field(4096, gt=0)
     learning_rate: Number = Field(2e-3, gt=0)
     weight_decay: Number = Field(0.01, ge=0)
     dropout: Number = Field(0.0, ge=0, lt=1)
+    deviation: Number | None = Field(0.1, ge=0)
+    """How fast a domain's expert leaves the one common to all, as a share of the learning rate; null: unrelated."""
     seed: Seed = 0
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+
+class Contender(Frozen):
+    """What differs from `training` for a contender."""
+
+    preset: Literal["small", "half", "paper"] | None = None
+    batch_size: Integer | None = Field(None, gt=0)
+    learning_rate: Number | None = Field(None, gt=0)
+    weight_decay: Number | None = Field(None, ge=0)
+    dropout: Number | None = Field(None, ge=0, lt=1)
+    experts: Integer | None = Field(None, gt=0)
+    """Of a tower of `mmoe_dcn`."""
+
+
+class Experiments(Frozen):
+    """How MTMD is compared with the models that it replaces."""
+
+    days: Integer = Field(3, ge=1, le=100)
+    """Evaluation days that are pooled: the last one and those before it."""
+    seeds: Integer = Field(3, ge=1, le=100)
+    """Models of each kind and day, with the seeds 0, 1 …"""
+    tuning_days: tuple[Day, ...] = ()
+    """Days on which settings are judged, all before the evaluation days."""
+    contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(default_factory=dict)
+    """Each contender's own settings."""
 
 
 class OutOfScope(Frozen):

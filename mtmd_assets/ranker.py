@@ -8,9 +8,6 @@ All counters are of strictly earlier days; it is trained on the outcomes of earl
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -115,7 +112,7 @@ def train_ranker(
         platform: names features, tasks and the ranker's parameters.
         warehouse: says which days are published.
         last_day: see `ranker_day`.
-        folder: gets a folder of model texts named by version, then `manifest.json`, which is replaced last.
+        folder: gets a folder of model texts named by version, and `manifest.json`; one that nobody reads meanwhile.
 
     Raises:
         Withheld: if a training day, or a day of their look-back, is not published, or no outcome is.
@@ -400,17 +397,7 @@ def _fifth(user: object) -> bool:
 
 def _store(info: RankerInfo, texts: dict[str, str], folder: Path) -> None:
     """Model texts first, under their version's name; then the manifest that points at them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft, target = folder / f".{uuid.uuid4().hex}", folder / info.version
-    draft.mkdir()
-    try:
-        for task, text in texts.items():
-            (draft / f"{task}.txt").write_text(text)
-        (draft / "manifest.json").write_text(json.dumps(asdict(info), indent=1))
-        os.replace(draft / "manifest.json", folder / f".{info.version}.json")
-        # The name holds the hash of everything that goes into it, so that one already there is the same.
-        if not target.exists():
-            os.replace(draft, target)
-        os.replace(folder / f".{info.version}.json", folder / "manifest.json")
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    (folder / info.version).mkdir(parents=True, exist_ok=True)
+    for task, text in texts.items():
+        (folder / info.version / f"{task}.txt").write_text(text)
+    (folder / "manifest.json").write_text(json.dumps(asdict(info), indent=1))

@@ -1,7 +1,6 @@
 """Dagster's instance of a home, and runs that died: a killed process leaves its run started, holding a place in the queue."""
 
 import fcntl
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from mtmd_assets.processes import alive
+from mtmd_assets.processes import alive, this_process
 
 HOST, PROCESS = "mtmd/host", "mtmd/process"
 """Tags that say where a run runs."""
@@ -30,14 +29,14 @@ def instance_of(folder: Path) -> Iterator[dg.DagsterInstance]:
 
 def sign(context: dg.AssetExecutionContext) -> None:
     """Tag the run with this process."""
-    context.instance.add_run_tags(context.run.run_id, {HOST: socket.gethostname(), PROCESS: str(os.getpid())})
+    context.instance.add_run_tags(context.run.run_id, {HOST: socket.gethostname(), PROCESS: this_process()})
 
 
 def dead(run: dg.DagsterRun) -> bool:
     """Whether the run's process ran on this machine and is gone."""
     if run.tags.get(HOST) != socket.gethostname():
         return False
-    return not alive(int(run.tags[PROCESS]))
+    return not alive(run.tags[PROCESS])
 
 
 def bury_dead(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:

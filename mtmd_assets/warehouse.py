@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sql
-from mtmd_assets.processes import alive
+from mtmd_assets.processes import alive, this_process
 from mtmd_assets.tables import Columns
 
 if TYPE_CHECKING:
@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 SCHEMA_DAY = date(1, 1, 1)
 """The day of the zero-row file that every table starts with, so that every view answers."""
 
-DERIVED_VIEWS = {"feature_drift": "feature_contract", "feature_missingness": "feature_contract"}
+DERIVED_VIEWS = {
+    "feature_drift": "feature_contract",
+    "feature_missingness": "feature_contract",
+    "slice_metrics": "experiment_slice_metrics",
+    "improvements": "improvement_results",
+}
 """Views over the tables' own views, `sql/<name>.sql`, in order, each with the table it needs."""
 
 _COPY = "(FORMAT parquet, COMPRESSION zstd)"
+
+_BESIDE = "beside/"
+"""The part of a stage's folder that holds what is no table's, each file at its place in the platform's folder."""
 
 
 class Warehouse:
@@ -51,6 +59,8 @@ class Warehouse:
         self.lake = self.folder / "lake"
         self.staging = self.lake / ".staging"
         self.database = self.folder / "mtmd.duckdb"
+        self.spill = self.folder / "tmp"
+        """Where DuckDB puts what does not fit into memory; left alone it takes the current directory."""
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -70,7 +80,7 @@ class Warehouse:
 
     def columns(self, table: str, day: date) -> list[tuple[str, str]]:
         """Name and DuckDB type of each column of a published day, in order."""
-        with _connect() as con:
+        with self._connect() as con:
             described = con.execute(
                 "DESCRIBE FROM read_parquet($file, hive_partitioning = false)", {"file": str(self.path(table, day))}
             )
@@ -84,10 +94,17 @@ class Warehouse:
     def connect(self) -> "DuckDBPyConnection":
         """An in-memory connection with a view a table; spills to a folder of the home."""
         self.create()
-        spill = self.folder / "tmp"
-        con = _connect(temp_directory=str(spill))
+        con = self._connect()
         con.execute(self._views())
         return con
+
+    def _connect(self) -> "DuckDBPyConnection":
+        """An in-memory connection. DuckDB is imported here: a code location that holds the module in its assets'
+        globals makes it complain of leaks whenever a process ends that also used torch.
+        """
+        import duckdb
+
+        return duckdb.connect(config={"temp_directory": str(self.spill)})
 
     # -- creating ----------------------------------------------------------------------------------------------
 
@@ -119,7 +136,7 @@ class Warehouse:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._draft()
-        with _connect() as con:
+        with self._connect() as con:
             con.execute(f"COPY ({wanted}) TO {sql.quoted(draft)} {_COPY}")
         os.replace(draft, path)
         draft.write_text(wanted)
@@ -154,7 +171,7 @@ class Warehouse:
     def _create_views(self, stamp: Path) -> None:
         """Build `mtmd.duckdb` beside the old one and swap it whole, so that readers keep their snapshot."""
         draft = self._draft()
-        with _connect() as con:
+        with self._connect() as con:
             # An old storage version, so that older DuckDB shells read it.
             con.execute(f"ATTACH {sql.quoted(draft)} AS views (STORAGE_VERSION 'v1.2.0'); USE views;")
             con.execute(self._views())
@@ -167,23 +184,27 @@ class Warehouse:
 
     @contextmanager
     def stage(self, run_id: str = "") -> Iterator["Stage"]:
-        """A place to write one day of some tables; nothing is seen until `Stage.publish`, and what is left is removed."""
+        """A place to write one day of some tables; nothing is seen until `Stage.publish`, and what is left is removed.
+
+        A publish that an exception cuts short is finished all the same, at the latest by a later run (`_sweep`).
+        """
         self.create()
-        folder = self._draft(run_id)
-        folder.mkdir()
+        stage = Stage(self, self._draft(run_id))
+        stage.draft.mkdir()
         try:
-            yield Stage(self, folder)
+            yield stage
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            stage.finish()
+            shutil.rmtree(stage.draft, ignore_errors=True)
 
     def _draft(self, run_id: str = "") -> Path:
         """A name in the staging folder that tells whose it is, so that leftovers of dead runs can be swept."""
-        return self.staging / f"{socket.gethostname()}~{os.getpid()}~{run_id}~{uuid.uuid4().hex[:8]}"
+        return self.staging / f"{socket.gethostname()}~{this_process()}~{run_id}~{uuid.uuid4().hex[:8]}"
 
     def _sweep(self) -> None:
         """Finish what a killed run had begun to publish; remove what dead runs of this machine left behind."""
         for draft in self.staging.glob(f"{glob.escape(socket.gethostname())}~*~*~*"):
-            if alive(int(draft.name.split("~")[1])):
+            if alive(draft.name.split("~")[1]):
                 continue
             if draft.is_dir():
                 Stage(self, draft).finish()
@@ -235,8 +256,20 @@ class Stage(Warehouse):
         con.unregister("rows_to_write")
         return path
 
+    def add(self, source: Path, target: Path) -> None:
+        """Stage a file or folder that is no table's and lies in the stage; `publish` moves it to `target`.
+
+        Args:
+            source: what to move, on the stage's disk.
+            target: in the platform's folder. In a folder that is there already, files of the same name are replaced.
+        """
+        staged = self.draft / _BESIDE / target.relative_to(self.folder)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, staged)
+
     def keep_only(self, table: str) -> None:
-        """Drop the staged files of every other table."""
+        """Drop what else is staged: the files of every other table, and those of none."""
+        shutil.rmtree(self.draft / _BESIDE, ignore_errors=True)
         for path in self.draft.glob("*.parquet"):
             if _table_and_day(path.name)[0] != table:
                 path.unlink()
@@ -245,8 +278,15 @@ class Stage(Warehouse):
         """Rename every staged file into place. If the process dies half-way, the next run finishes it (`_sweep`).
 
         Connections made before still look for the staged files: read what you need first.
+
+        Raises:
+            OSError: if the disk refuses. Before the plan is written nothing is published, after it the rest will be.
         """
-        plan = [p.name for p in sorted(self.draft.glob("*.parquet"))]
+        # Tables last: their rows name the other files.
+        beside = sorted(p for p in (self.draft / _BESIDE).rglob("*") if p.is_file())
+        plan = [str(p.relative_to(self.draft)) for p in (*beside, *sorted(self.draft.glob("*.parquet")))]
+        for name in plan:  # now, as a full disk may refuse a folder, but hardly a rename
+            self._target(name).parent.mkdir(parents=True, exist_ok=True)
         draft = self.draft / "publish.tmp"
         draft.write_text(json.dumps(plan))
         os.replace(draft, self.draft / "publish.json")
@@ -254,18 +294,25 @@ class Stage(Warehouse):
 
     def finish(self) -> None:
         """Carry out the written plan, if there is one; renames already done are passed over."""
-        plan = self.draft / "publish.json"
-        if not plan.exists():
+        try:
+            plan = json.loads((self.draft / "publish.json").read_text())
+        except FileNotFoundError:
             return
-        for name in json.loads(plan.read_text()):
-            table, day = _table_and_day(name)
-            target = super().path(table, day)
+        for name in plan:
+            target = self._target(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.replace(self.draft / name, target)
             except FileNotFoundError:
                 continue
-            self._mark_mixed(table, changed=False)
+            if not name.startswith(_BESIDE):
+                self._mark_mixed(_table_and_day(name)[0], changed=False)
+
+    def _target(self, name: str) -> Path:
+        """Where a staged file, named as in the plan, is published."""
+        if name.startswith(_BESIDE):
+            return self.folder / name.removeprefix(_BESIDE)
+        return super().path(*_table_and_day(name))
 
     def _staged(self, table: str, day: date) -> Path:
         return self.draft / f"{table}@{day.isoformat()}.parquet"
@@ -282,12 +329,3 @@ def _table_and_day(name: str) -> tuple[str, date]:
     """What a staged file is of."""
     table, day = name.removesuffix(".parquet").split("@")
     return table, date.fromisoformat(day)
-
-
-def _connect(**config: str) -> "DuckDBPyConnection":
-    """An in-memory connection. DuckDB is imported here: a code location that holds the module in its assets' globals
-    makes it complain of leaks whenever a process ends that also used torch.
-    """
-    import duckdb
-
-    return duckdb.connect(config=dict(config))

@@ -120,6 +120,8 @@ class _Block:
             start += int(torch.tensor(shape).prod())
         ordered = [[place[name] for name in d] for d, place in zip(domains, places, strict=True)]
         self.places = [torch.cat(p).to(device) if p else torch.zeros(0, dtype=torch.long) for p in ordered]
+        # a domain that lacks nothing has the common layout itself: no gather, which would cost as much as the model
+        self.whole = [torch.equal(place, torch.arange(start, device=place.device)) for place in self.places]
         with torch.no_grad():
             common = torch.zeros(start, device=device)
             # the first domain that has an entry decides where all start
@@ -132,21 +134,25 @@ class _Block:
     def read_gradients(self) -> None:
         """delta_d's gradient is its domain's, theta_0's the sum of all."""
         total: Tensor | None = None
-        for parameters, place, deviation in zip(self.parameters, self.places, self.deviations, strict=True):
+        for d, (parameters, deviation) in enumerate(zip(self.parameters, self.deviations, strict=True)):
             deviation.grad = None
             if any(p.grad is not None for p in parameters):
                 parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
                 deviation.grad = torch.cat(parts)
                 total = torch.zeros_like(self.common) if total is None else total
-                total.index_add_(0, place, deviation.grad)
+                if self.whole[d]:
+                    total += deviation.grad
+                else:
+                    total.index_add_(0, self.places[d], deviation.grad)
         self.common.grad = total
 
     @torch.no_grad()
     def write(self) -> None:
         """Each domain's parameters become theta_0 + delta_d."""
-        for parameters, place, deviation in zip(self.parameters, self.places, self.deviations, strict=True):
+        for d, (parameters, deviation) in enumerate(zip(self.parameters, self.deviations, strict=True)):
             if parameters:
-                sums = (self.common[place] + deviation).split([p.numel() for p in parameters])
+                common = self.common if self.whole[d] else self.common[self.places[d]]
+                sums = (common + deviation).split([p.numel() for p in parameters])
                 for p, value in zip(parameters, sums, strict=True):
                     p.copy_(value.view_as(p))
 

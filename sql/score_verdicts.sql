@@ -5,10 +5,13 @@
 --   slice_scores(s, has)       the scores of the tasks that the slice has, null for the others
 --   score_fault(scores, has)   null if they are valid: each strictly in (0, 1), no child above its parent.
 -- A score made before its impression's `ts` is valid: in some logs ranking precedes the impression's record.
+-- `out_of_scope` and `impression_rejected`: the log's row of its impression was rejected, for that reason or another.
 -- Faults of the row come before sampling, so that the shares of faulty rows do not depend on the sample rate.
 CREATE OR REPLACE TEMP TABLE score_verdicts AS
-WITH out_of_scope AS (
-    SELECT DISTINCT impression_id FROM log_rejected_of_day WHERE reason = 'out_of_scope'
+WITH turned_away AS (
+    SELECT impression_id, bool_or(reason = 'out_of_scope') AS out_of_scope
+    FROM log_rejected_of_day
+    GROUP BY impression_id
 ),
 
 placed AS (
@@ -18,7 +21,7 @@ placed AS (
         i.line AS impression_line,
         s.scored_at,
         s.ranker_version,
-        o.impression_id IS NOT NULL AS out_of_scope,
+        r.out_of_scope,
         s.scored_at > i.ts + $lateness AS late,
         in_sample(i.impression_id, $sample_rate) AS sampled,
         slice_scores(s, t.has) AS scores,
@@ -26,7 +29,7 @@ placed AS (
     FROM scores_of_day AS s
     LEFT JOIN impressions_of_day AS i ON i.impression_id = s.impression_id
     LEFT JOIN slice_tasks AS t ON t.surface = i.surface AND t.product = i.product
-    LEFT JOIN out_of_scope AS o ON o.impression_id = s.impression_id
+    LEFT JOIN turned_away AS r ON r.impression_id = s.impression_id
 ),
 
 judged AS (
@@ -34,6 +37,7 @@ judged AS (
         * EXCLUDE (has),
         CASE
             WHEN impression_line IS NULL AND out_of_scope THEN 'out_of_scope'
+            WHEN impression_line IS NULL AND NOT out_of_scope THEN 'impression_rejected'
             WHEN impression_line IS NULL THEN 'orphan'
             WHEN scored_at IS NULL THEN 'invalid_score'
             WHEN score_fault(scores, has) IS NOT NULL THEN score_fault(scores, has)

@@ -43,9 +43,9 @@ def log(scores=True, **changes):
     """A faultless day; `changes` replace columns (a value goes into row 0)."""
     columns = {
         "impression_id": [f"i{k:02}" for k in range(ROWS)],
-        "request_id": ["r"] * ROWS,
+        "request_id": [f"r{k:02}" for k in range(ROWS)],
         "user_id": ["u"] * ROWS,
-        "item_id": ["a"] * ROWS,
+        "item_id": [f"a{k:02}" for k in range(ROWS)],
         "ts": [NOON + timedelta(minutes=k) for k in range(ROWS)],
         "surface": ["home", "search"] * (ROWS // 2),
         "product": ["standard"] * ROWS,
@@ -199,6 +199,26 @@ def test_scores_are_held_to_their_types(con):
     text = day.scores.with_columns(score_ctr=pl.lit("0.5"))
     with pytest.raises(BadFile, match=r"column score_ctr: expected numbers"):
         take_in(TOY, LogDay(day.impressions, text, "i", "scores.parquet"), DAY, con)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"request_id": ["r"] * ROWS, "surface": ["home"] * ROWS, "age": 31.0}, r"'r'} .* differ in \['age'\]"),
+        ({"request_id": ["r"] * ROWS, "surface": ["home"] * ROWS, "country": None}, r"differ in \['country'\]"),
+        ({"request_id": ["r"] * ROWS, "surface": ["home"] * ROWS, "user_id": "v"}, r"differ in \['user_id'\]"),
+        ({"request_id": ["r"] * ROWS}, r"differ in \['surface'\]: a request has one user, surface"),
+        ({"item_id": ["a"] * ROWS, "price": 2.0}, r"'a', 'product': 'standard'} .* differ in \['price'\]"),
+    ],
+)
+def test_what_varies_within_a_request_or_an_item_is_refused(con, changes, said):
+    with pytest.raises(BadFile, match=rf"imp.parquet, day 2026-01-02: .*{said}"):
+        take_in(TOY, log(**changes), DAY, con)
+
+
+def test_rows_that_are_refused_make_no_request_vary(con):
+    surfaces = ["attic", *["home"] * (ROWS - 1)]
+    assert take_in(TOY, log(request_id=["r"] * ROWS, surface=surfaces), DAY, con).reasons == {"unknown_surface": 1}
 
 
 # -- faults of rows ----------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def test_scores_of_no_impression(lake):
     log = impressions(["a", "tab", "attic"], surfaces=["home", "tab9", "attic"])
     warehouse, examples = join(lake, platform(), log, [score(i) for i in ("a", "tab", "attic", "stranger", None)])
     assert reasons(warehouse, "heavyweight_scores") == [
-        ("attic", "orphan"),
+        ("attic", "impression_rejected"),
         ("stranger", "orphan"),
         ("tab", "out_of_scope"),
         (None, "orphan"),
@@ -212,6 +212,17 @@ def test_scores_out_of_scope_do_not_count_towards_the_limit(lake):
     log = impressions(["a"] + [f"t{k}" for k in range(9)], surfaces=["home"] + ["tab9"] * 9)
     _, examples = join(lake, platform(max_rejected=0.0), log, [score(i) for i in log["impression_id"]])
     assert examples.rows == 1
+
+
+def test_scores_of_rejected_impressions_do_not_count_towards_the_limit(lake):
+    """The log's faulty rows are counted when it is taken in; 1 of 9 other score rows is an orphan."""
+    log = impressions([f"i{k}" for k in range(10)], surfaces=["home"] * 8 + ["attic"] * 2)
+    scores = [score(i) for i in [*log["impression_id"], "stranger"]]
+    _, examples = join(lake, platform(max_rejected=0.2), log, scores)
+    assert examples.rows == 8
+    assert examples.reasons["heavyweight_scores"] == {"impression_rejected": 2, "orphan": 1}
+    with pytest.raises(BadFile, match=r"20.00% of 10 rows of heavyweight_scores.*'orphan': 2"):
+        join(lake, platform(max_rejected=0.199), log.head(8), [*scores[:8], score("stranger"), score("other")])
 
 
 def test_too_many_faulty_score_rows_refuse_the_day(lake):

@@ -128,18 +128,109 @@ def test_down_sampling_weighs_training_and_spares_evaluation(tmp_path):
     assert embedded == requests
 
 
-def test_features_that_vary_within_an_item_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize(("feature", "day"), [("ad_age_days", DAYS[0]), ("query_length", DAYS[1])])
+def test_features_that_vary_within_an_item_or_a_request_refuse_their_day(tmp_path, feature, day):
     file = own_platform(tmp_path)
-    for day in DAYS:
-        path = tmp_path / "impressions" / f"ds={day}" / "part-0.parquet"
-        row = pl.int_range(pl.len())
-        pl.read_parquet(path).with_columns(ad_age_days=row.cast(pl.Float32)).write_parquet(path)
+    path = tmp_path / "impressions" / f"ds={day}" / "part-0.parquet"
+    row = pl.int_range(pl.len()).cast(pl.Float32)
+    pl.read_parquet(path).with_columns(row.alias(feature)).write_parquet(path)
     runner = Runner(Home(tmp_path / "home").register(str(file)))
-    assert runner.run("data", DAYS[0], DAYS[2]).success
-    assert runner.run("models", DAYS[1], only=("models",)).success
-    result = runner.run("models", DAYS[2], only=("item_embeddings", "query_embeddings"))
+    result = runner.run("data", DAYS[0], DAYS[1])
     assert not result.success
-    assert "differ in ['ad_age_days']" in show_failure(result)
+    assert f"differ in ['{feature}']" in show_failure(result)
+    assert str(path) in show_failure(result)
+    assert runner.site.warehouse.days("impressions") == [d for d in DAYS[:2] if d != day]
+
+
+def test_refused_scores_name_the_file_they_came_in(tmp_path):
+    file = own_platform(tmp_path)
+    path = tmp_path / "scores" / f"{DAYS[0]}.parquet"
+    pl.read_parquet(path).with_columns(score_ctr=pl.lit(2.0)).write_parquet(path)
+    result = Runner(Home(tmp_path / "home").register(str(file))).run("data", DAYS[0])
+    assert not result.success
+    assert f"{path}, day {DAYS[0]}: " in show_failure(result)
+    assert ".staging" not in show_failure(result)
+
+
+# -- a lost day ----------------------------------------------------------------------------------------------------
+
+
+def with_history(folder):
+    """The same logs, with a feature that looks one day back, and without the second day."""
+    file = own_platform(folder)
+    content = yaml.safe_load(file.read_text())
+    history = {"by": ["item_id"], "of": "ctr", "per": "impressions", "days": 1}
+    content["features"].append({"name": "item_ctr", "side": "item", "kind": "dense", "history": history})
+    file.write_text(yaml.safe_dump(content))
+    lost = folder / "impressions" / f"ds={DAYS[1]}"
+    lost.rename(folder / "lost")
+    return file, lost
+
+
+def test_a_lost_day_costs_the_examples_of_its_look_back_only(tmp_path):
+    file, lost = with_history(tmp_path)
+    runner = Runner(Home(tmp_path / "home").register(str(file)))
+    warehouse = runner.site.warehouse
+    result = runner.run("data", DAYS[0], DAYS[3])
+    assert not result.success
+    assert f"history of {DAYS[2]} needs the impressions of {DAYS[1]}" in show_failure(result)
+    assert f"the log of {DAYS[2]} is checked and published, joined_examples is not" in show_failure(result)
+    assert warehouse.days("impressions") == warehouse.days("heavyweight_scores") == [DAYS[0], DAYS[2], DAYS[3]]
+    assert warehouse.days("joined_examples") == [DAYS[0], DAYS[3]]
+    assert runner.materialized("impressions") == {str(d) for d in (DAYS[0], DAYS[2], DAYS[3])}
+    assert runner.materialized("joined_examples") == {str(DAYS[0]), str(DAYS[3])}
+    with warehouse.connect() as con:
+        counted = con.execute("SELECT source, received - accepted - rejected FROM row_counts WHERE ds = ?", [DAYS[2]])
+        assert counted.fetchall() == [("log", 0)], "no account of examples that are not there"
+        rules = "SELECT count(*), count(*) FILTER (feature = 'item_ctr') FROM feature_contract WHERE ds = ?"
+        [(checked, of_history)] = con.execute(rules, [DAYS[2]]).fetchall()
+    assert checked > 0
+    assert of_history == 0
+    # the lost day is found, and the day that it withheld built again
+    (tmp_path / "lost").rename(lost)
+    built = runner.run("data", DAYS[1], DAYS[2])
+    assert built.success, show_failure(built)
+    assert warehouse.days("joined_examples") == DAYS
+
+
+@pytest.mark.parametrize("table", ["impressions", "scores"])
+def test_a_faulty_log_beside_a_lost_day_is_not_published(tmp_path, table):
+    file, _ = with_history(tmp_path)
+    if table == "impressions":
+        path, fault = tmp_path / "impressions" / f"ds={DAYS[2]}" / "part-0.parquet", pl.lit(None, pl.String)
+        pl.read_parquet(path).with_columns(device=fault).write_parquet(path)
+        said = "the feature contract is broken"
+    else:
+        path = tmp_path / "scores" / f"{DAYS[2]}.parquet"
+        pl.read_parquet(path).with_columns(score_ctr=pl.lit(2.0)).write_parquet(path)
+        said = f"{path}, day {DAYS[2]}: "
+    runner = Runner(Home(tmp_path / "home").register(str(file)))
+    result = runner.run("data", DAYS[0], DAYS[2])
+    assert not result.success
+    assert said in show_failure(result)
+    assert runner.site.warehouse.days("impressions") == [DAYS[0]]
+
+
+def test_a_rebuild_that_lacks_an_earlier_day_leaves_the_day_as_it_was(tmp_path):
+    file, lost = with_history(tmp_path)
+    (tmp_path / "lost").rename(lost)
+    runner = Runner(Home(tmp_path / "home").register(str(file)))
+    warehouse = runner.site.warehouse
+    assert runner.run("data", DAYS[0], DAYS[2]).success
+    warehouse.path("impressions", DAYS[1]).unlink()
+    files = [p for t in warehouse.tables if (p := warehouse.path(t, DAYS[2])).exists()]
+    before = [p.stat().st_mtime_ns for p in files]
+    assert not runner.run("data", DAYS[2]).success
+    assert [p.stat().st_mtime_ns for p in files] == before
+
+
+def test_logs_whose_ranker_is_not_trained_yet_are_published(tmp_path):
+    runner = Runner(Home(tmp_path / "home").register(str(own_platform(tmp_path, scores=False))))
+    assert not runner.run("data", DAYS[2]).success
+    assert runner.site.warehouse.days("impressions") == [DAYS[2]]
+    assert runner.site.warehouse.days("joined_examples") == []
+    built = runner.run("data", DAYS[0], DAYS[2])
+    assert built.success, show_failure(built)
 
 
 def test_a_backfill_waits_for_days_that_another_one_is_building(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import duckdb
 import polars as pl
 import pytest
 import yaml
+from pydantic import ValidationError
 
 import sql
 from mtmd_assets.contract import measure_contract
@@ -15,7 +16,8 @@ from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Home
 from mtmd_assets.intake import take_in, write_intake
 from mtmd_assets.join import build_examples
-from mtmd_assets.platform import load_platform, parse_platform, shipped_platform
+from mtmd_assets.platform import Platform, load_platform, parse_platform, shipped_platform
+from mtmd_assets.platform_checks import in_words
 from mtmd_assets.platform_names import RESERVED, column_name
 from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import settings, tables
@@ -219,6 +221,35 @@ def test_mistakes_are_refused_with_file_key_and_value(changes, key, received):
     assert message.startswith((f"toy.yaml: {key}: ", f"toy.yaml: {key}."))
     assert received in message
     assert "(received " in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "said", "received"),
+    [
+        ({"colour": "red"}, "", "no such key", "red"),
+        ({"source": {"kind": "csv"}}, "kind", "expected one of 'adworld', 'kuairand', 'parquet'", "csv"),
+        ({"source": {"seed": 1}}, "kind", "needed", None),
+        ({"tasks": [{}]}, "", "needed", None),
+        ({"tasks": []}, "", "expected at least 1 of them", []),
+        ({"extras": {"bid": "money"}}, "", "expected 'double', 'integer' or 'text'", "money"),
+        ({"start": date(1969, 12, 31)}, "", "expected at least 1970-01-01", date(1969, 12, 31)),
+        ({"training": {"seed": True}}, "", "expected a whole number", True),
+        ({"features": 3}, "", "expected a list", 3),
+        ({"time_zone": "Mars/Olympus"}, "", "no such time zone", "Mars/Olympus"),
+    ],
+)
+def test_an_error_of_pydantic_is_put_in_words(changes, key, said, received):
+    with pytest.raises(ValidationError) as error:
+        Platform.model_validate(yaml.safe_load(broken(**changes)))
+    fault = in_words(error.value.errors()[0])
+    assert (fault.key, str(fault), fault.received) == (key, said, received)
+
+
+def test_every_mistake_is_put_in_plain_words():
+    for changes, *_ in MISTAKES:
+        with pytest.raises(ValidationError) as error:
+            Platform.model_validate(yaml.safe_load(broken(**changes)))
+        assert not [e for e in error.value.errors() if re.search("Input|Field|valid|tag", str(in_words(e)))]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from mtmd_assets.assets import ranker as assets
 from mtmd_assets.faults import Withheld
+from mtmd_assets.home import Site
 from mtmd_assets.platform import Platform, parse_platform
 from mtmd_assets.ranker import RankerInfo, auc, day_auc, load_ranker, ranker_day, score_day, train_ranker, training_days
 from mtmd_assets.tables import tables
@@ -134,6 +136,29 @@ def test_the_same_data_give_the_same_ranker(warehouse: Warehouse, tmp_path: Path
     other = impressions(2).with_columns(outcome_click=1 - pl.col("outcome_click"), outcome_buy=pl.lit(0))
     publish(warehouse, 2, other)
     assert train(warehouse, tmp_path / "a").version != a.version
+
+
+def test_a_ranker_is_stored_with_the_day_or_not_at_all(warehouse: Warehouse) -> None:
+    """The day may be refused after its ranker was trained; the one that was there stays."""
+    site = Site(small(), warehouse.folder)
+    folder = warehouse.folder / "models" / "heavyweight_ranker" / str(day(2))
+    with warehouse.stage() as stage:
+        assert assets.train(site, day(2), stage) is not None
+    assert not folder.exists()
+    with warehouse.stage() as stage:
+        assets.train(site, day(2), stage)
+        stage.publish()
+    before = load_ranker(folder)[0]
+    publish(warehouse, 2, impressions(2).with_columns(outcome_click=1 - pl.col("outcome_click")))
+    with warehouse.stage() as stage:
+        assets.train(site, day(2), stage)
+        stage.keep_only("feature_contract")
+        stage.publish()
+    assert load_ranker(folder)[0] == before
+    with warehouse.stage() as stage:
+        assets.train(site, day(2), stage)
+        stage.publish()
+    assert load_ranker(folder)[0].version != before.version
 
 
 def test_outcomes_of_the_scored_day_or_later_are_not_seen(warehouse: Warehouse, tmp_path: Path) -> None:

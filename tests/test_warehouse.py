@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from datetime import date, timedelta
+from pathlib import Path
 
 import duckdb
 import pytest
@@ -71,37 +72,105 @@ def test_a_wrong_column_or_value_publishes_nothing(warehouse):
     assert not warehouse.published("a", DAY)
 
 
-KILLED = """
-import os, sys
+ENDED = """
+import errno, os, sys
 from datetime import date
 from pathlib import Path
 from mtmd_assets import warehouse as w
 tables = {"a": {"x": "BIGINT", "name": "VARCHAR"}, "b": {"x": "BIGINT"}}
 house = w.Warehouse(Path(sys.argv[1]), tables)
 where = sys.argv[2]
-with house.stage("killed") as stage, house.connect() as con:
+with house.stage("ended") as stage, house.connect() as con:
     stage.write(con, "a", date(2026, 1, 1), "SELECT 2 AS x, 'n' AS name")
     if where == "writing":
         os._exit(9)
     stage.write(con, "b", date(2026, 1, 1), "SELECT 2 AS x")
-    real = os.replace
+    renames = 0
+    real, real_mkdir = os.replace, Path.mkdir
     def replace(source, target):
+        global renames
+        renames += str(target).endswith("data.parquet")
+        if renames == 2 and where == "renaming":
+            os._exit(9)
+        if renames == 2 and where == "interrupted":
+            renames += 1  # once only
+            raise KeyboardInterrupt
+        if renames == 2 and where == "broken":
+            renames -= 1  # for as long as the process lives
+            raise OSError(errno.EIO, "Input/output error")
         real(source, target)
-        if str(target).endswith("data.parquet"):
-            os._exit(9)  # after the first of two renames
-    w.os.replace = replace
+    def mkdir(self, *rest, **options):
+        if where == "full" and self.name.startswith("ds=") and self.parent.name == "b":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_mkdir(self, *rest, **options)
+    w.os.replace, Path.mkdir = replace, mkdir
     stage.publish()
 """
 
 
-@pytest.mark.parametrize(("where", "seen"), [("writing", 1), ("renaming", 2)])
-def test_a_killed_run_leaves_the_old_day_or_the_new_one(warehouse, where, seen):
+def end(warehouse, where):
+    """Publish day 2 over day 1 in a process that ends on the way; returns its id."""
     publish(warehouse, DAY, 1)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(warehouse.folder), where], check=False)
-    assert killed.returncode == 9
+    run = subprocess.Popen([sys.executable, "-c", ENDED, str(warehouse.folder), where], stderr=subprocess.DEVNULL)
+    assert run.wait() != 0
+    return run.pid
+
+
+@pytest.mark.parametrize(
+    ("where", "seen"), [("writing", 1), ("full", 1), ("renaming", 2), ("interrupted", 2), ("broken", 2)]
+)
+def test_a_run_that_ends_on_the_way_leaves_the_old_day_or_the_new_one(warehouse, where, seen):
+    end(warehouse, where)
     warehouse.create()  # as every run does first
     assert outside(warehouse, "SELECT a.x, b.x FROM a JOIN b USING (ds)") == [(seen, seen)]
     assert list(warehouse.staging.iterdir()) == []
+
+
+def test_an_interrupted_publish_is_finished_at_once(warehouse):
+    end(warehouse, "interrupted")
+    assert outside(warehouse, "SELECT a.x, b.x FROM a JOIN b USING (ds)") == [(2, 2)]
+    assert list(warehouse.staging.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc tells when a process started")
+def test_a_process_with_the_id_of_a_killed_one_is_another(warehouse):
+    """A restarted container has the host's name and the process ids of the one before."""
+    killed = end(warehouse, "renaming")
+    [draft] = warehouse.staging.iterdir()
+    draft.rename(draft.with_name(draft.name.replace(f"~{killed}", f"~{os.getpid()}")))
+    warehouse.create()
+    assert outside(warehouse, "SELECT a.x, b.x FROM a JOIN b USING (ds)") == [(2, 2)]
+    assert list(warehouse.staging.iterdir()) == []
+
+
+def test_other_files_are_published_with_the_tables(warehouse):
+    target = warehouse.folder / "models" / "v1"
+    for n, published in ((1, False), (2, True), (3, False), (4, True)):
+        with warehouse.stage() as stage:
+            (stage.draft / "new").mkdir()
+            (stage.draft / "new" / "weights").write_text(str(n))
+            stage.add(stage.draft / "new", target)
+            if published:
+                stage.publish()
+        assert target.exists() == (n > 1)
+        assert n == 1 or (target / "weights").read_text() == str(n - (not published))
+    assert list(warehouse.staging.iterdir()) == []
+
+
+def test_every_connection_spills_in_the_home(warehouse, monkeypatch):
+    """And not in `.tmp` of the current directory."""
+    spills, real = [], duckdb.connect
+
+    def connect(*arguments, **options):
+        con = real(*arguments, **options)
+        spills.extend(con.execute("SELECT current_setting('temp_directory')").fetchall())
+        return con
+
+    monkeypatch.setattr(duckdb, "connect", connect)
+    publish(warehouse, DAY, 1)
+    warehouse.columns("a", DAY)
+    assert len(spills) > 3
+    assert set(spills) == {(str(warehouse.folder / "tmp"),)}
 
 
 def test_readers_and_writers_never_meet(warehouse):

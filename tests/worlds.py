@@ -1,7 +1,9 @@
 """Small worlds for the tests: a small adworld, its home, and its jobs run in this process."""
 
+from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import yaml
@@ -38,7 +40,12 @@ class Runner:
         return dg.AssetKey([self.site.platform.name, table])
 
     def run(
-        self, job: str, first: date, last: date | None = None, only: tuple[str, ...] = ()
+        self,
+        job: str,
+        first: date,
+        last: date | None = None,
+        only: tuple[str, ...] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> dg.ExecuteInProcessResult:
         """Run `<platform>_<job>` for one day, or for a range of days in one run."""
         span = {"dagster/asset_partition_range_start": str(first), "dagster/asset_partition_range_end": str(last)}
@@ -48,7 +55,7 @@ class Runner:
             tags=span if last else None,
             asset_selection=[self.key(t) for t in only] or None,
             raise_on_error=False,
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}, **(config or {})},
         )
 
     def tick(self, at: datetime) -> dg.ExecuteInProcessResult:

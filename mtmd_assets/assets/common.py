@@ -112,6 +112,11 @@ class DayReport:
                     )
                 )
 
+    def progress(self, day: date, what: str) -> None:
+        """Print what became of one of several days: for who waits at a terminal, in the UI among the run's output."""
+        if self.several:
+            print(f"    {day}: {what}", flush=True)
+
     def results(self) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         """What was published and checked so far, checks last."""
         for table, metadata in self.done.items():

@@ -1,12 +1,14 @@
 """The data assets: each day's logs, heavyweight scores and joined examples, one day after the other in one step.
 
 One step for all of them: a day is published whole or not at all, and one that cannot be published stops only itself.
-In a backfill the other days of the run go on.
+In a backfill the other days of the run go on. Where all that a new day lacks is an earlier one (its history, or the
+ranker), its log is published without examples: otherwise one lost day would withhold every later one.
 """
 
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
+from pathlib import Path
 
 import dagster as dg
 
@@ -54,15 +56,11 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
             day = date.fromisoformat(partition)
             try:
                 with site.warehouse.stage(context.run.run_id) as stage:
-                    done = [
-                        waiting(context, platform, partial(build, site, day, stage))
-                        for tables, build in _stages(site)
-                        if report.selected(tables)
-                    ]
-                    stage.publish()
-                report.add(day, [d for d in done if d is not None])
+                    _build_day(context, site, day, stage, report)
+                report.progress(day, "done")
             except (BadFile, Withheld, Refused) as e:
                 report.fail(day, e)
+                report.progress(day, "withheld" if isinstance(e, Withheld) else "refused")
             except Exception:  # a fault of the machine or of this code ends the run; what stands is still reported
                 yield from report.results()
                 raise
@@ -70,3 +68,52 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
         report.raise_failures()
 
     return data
+
+
+def _build_day(context: dg.AssetExecutionContext, site: Site, day: date, stage: Stage, report: DayReport) -> None:
+    """Build, check, publish and report one day.
+
+    Raises:
+        BadFile, Refused: if the day cannot be published.
+        Withheld: if an earlier day is not; what the day has without it is then published.
+    """
+    done: list[Done] = []
+    try:
+        lacking = _make(context, site, day, stage, report, done)
+    except BadFile as e:
+        raise _as_received(e, stage, done) from e
+    stage.publish()
+    report.add(day, done)
+    if lacking:
+        message = f"{lacking} (the log of {day} is checked and published, joined_examples is not)"
+        raise Withheld(message, lacking.days, lacking.table) from lacking
+
+
+def _make(
+    context: dg.AssetExecutionContext, site: Site, day: date, stage: Stage, report: DayReport, done: list[Done]
+) -> Withheld | None:
+    """Stage what the run asks for of a day, `done`; returns why there is a log only, if so.
+
+    Raises:
+        BadFile, Refused, Withheld: if nothing of the day is to be published.
+    """
+    try:
+        for tables, build in _stages(site):
+            if report.selected(tables):
+                made = waiting(context, site.platform, partial(build, site, day, stage))
+                done += [made] if made else []
+    except Withheld as e:
+        if not examples.stands_alone(site, day, stage):
+            raise
+        done.append(examples.build_log(site, day, stage))
+        return e
+    return None
+
+
+def _as_received(e: BadFile, stage: Stage, done: list[Done]) -> BadFile:
+    """The fault with the file that the log came in, where it names the staged copy, which nobody will find."""
+    table, staged, _ = Path(e.file).name.partition("@")
+    if Path(e.file).parent != stage.draft or not staged:
+        return e
+    files = {name: metadata["file"] for d in done for name, metadata in d.metadata.items() if "file" in metadata}
+    return BadFile(e.problem, file=files.get(table, table), day=e.day, column=e.column, received=e.received)

@@ -9,6 +9,7 @@ import dagster as dg
 from mtmd_assets.assets.common import asset_key, preview
 from mtmd_assets.assets.scored_day import ScoredDay, scored_day_assets
 from mtmd_assets.home import Site
+from mtmd_assets.snapshots import KEPT, KEYS, varying
 from mtmd_model.schema import Side
 
 if TYPE_CHECKING:
@@ -46,27 +47,12 @@ def _snapshot(site: Site, con: "DuckDBPyConnection", day: date, side: Side) -> "
     Raises:
         dagster.Failure: if one key has two different rows, naming the key and the features that vary.
     """
-    kept = ["item_id", "product"] if side == "item" else ["request_id", "user_id", "surface"]
-    key = kept if side == "item" else kept[:1]
-    features = [f.name for f in site.platform.features if f.side == side]
-    columns, keys = ", ".join(kept + features), ", ".join(key)
-    table = con.sql(f"SELECT DISTINCT {columns} FROM evaluated ORDER BY {keys}").to_arrow_table()
-    con.register("snapshot", table)
-    varying = con.execute(
-        f"SELECT {keys} FROM snapshot GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1"
-    ).fetchall()
-    if varying:
-        first = dict(zip(key, varying[0], strict=True))
-        values = ", ".join(f"count(DISTINCT {c}) + max(({c} IS NULL)::INT)" for c in kept + features)
-        where = " AND ".join(f"{k} = ?" for k in key)
-        [counts] = con.execute(f"SELECT {values} FROM snapshot WHERE {where}", varying[0]).fetchall()
-        differ = [c for c, n in zip(kept + features, counts, strict=True) if n > 1]
-        what = {
-            "item": "an item's features are one snapshot a day and product",
-            "query": "a request has one user, surface and set of features",
-        }
-        raise dg.Failure(f"{day}: {first} has several rows that differ in {differ}: {what[side]}", allow_retries=False)
-    return table, kept
+    kept, features = list(KEPT[side]), [f.name for f in site.platform.features if f.side == side]
+    problem = varying(con, "evaluated", side, features)
+    if problem:
+        raise dg.Failure(f"{day}: {problem}", allow_retries=False)
+    columns, keys = ", ".join(kept + features), ", ".join(KEYS[side])
+    return con.sql(f"SELECT DISTINCT {columns} FROM evaluated ORDER BY {keys}").to_arrow_table(), kept
 
 
 def _long(

@@ -1,14 +1,16 @@
 """Evaluation of day D by the model trained through D-1: predictions, slice metrics, who the routers use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 import sql
+from checks.dagster_results import ROUTING, routing_result
+from checks.routing import signatures
 from mtmd_assets.assets.common import asset_key, preview
-from mtmd_assets.assets.scored_day import ScoredDay, scored_day_assets
+from mtmd_assets.assets.scored_day import Result, ScoredDay, scored_day_assets
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import heat_map
 from mtmd_assets.scoreboard import scoreboard
@@ -33,28 +35,41 @@ FLOOR = 1e-6
 
 def evaluation_assets(site: Site) -> dg.AssetsDefinition:
     """The multi-asset that evaluates one day of a platform."""
-    return scored_day_assets(site, "evaluate", TABLES, _evaluate)
+    routing = dg.AssetCheckSpec(
+        ROUTING,
+        asset=asset_key(site.platform, "routing_metrics"),
+        description="No router weighs its experts alike for every row, gives all to one, or leaves one unused. Warns.",
+    )
+    return scored_day_assets(site, "evaluate", TABLES, _evaluate, [routing])
 
 
-def _evaluate(scored: ScoredDay) -> Iterator[dg.MaterializeResult]:
+def _evaluate(scored: ScoredDay) -> Iterator[Result]:
     con, stage, day, record = scored.con, scored.stage, scored.day, scored.record
     rows = con.sql("FROM evaluated").to_arrow_table()
-    con.register("predicted", _predictions(scored.model, record, rows))
+    con.register("predicted", predictions(scored.model, "mtmd", record.version, record.seed, rows))
     window = f"ds BETWEEN '{record.window_start}' AND '{record.window_end}'"
     con.execute(f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE {window}")
     con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
     con.execute(f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})")
     routing = [{"model_version": record.version, **row} for row in scored.model.routing(rows)]
     stage.write(con, "predictions", day, "FROM predicted")
-    stage.write(con, "slice_metrics", day, sql.text("slice_metrics"), {"floor": FLOOR})
+    stage.write(con, "daily_slice_metrics", day, sql.text("cell_metrics"), {"floor": FLOOR})
     stage.write_rows(con, "routing_metrics", day, routing)
-    results = list(_results(scored.site, con, day, record))
+    results = list(_results(scored.site, con, day, record, routing))
     stage.publish()
     yield from results
+    yield routing_result(signatures(routing), asset_key(scored.site.platform, "routing_metrics"))
 
 
-def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") -> "pl.DataFrame":
-    """One row an impression x task that exists in its slice."""
+def predictions(model: "Predictor", name: str, version: str, seed: int, rows: "pa.Table") -> "pl.DataFrame":
+    """One row an impression x task that exists in its slice.
+
+    Args:
+        name: for the column `model`.
+        version: for the column `model_version`.
+        seed: it was trained with.
+        rows: joined examples.
+    """
     import polars as pl
 
     keys = pl.DataFrame(rows.select(["impression_id", "user_id", "surface", "product"]))
@@ -67,22 +82,24 @@ def _predictions(model: "Predictor", record: "ModelRecord", rows: "pa.Table") ->
         for task, probability in model.predict(rows).items()
     ]
     return pl.concat(parts).with_columns(
-        pl.lit("mtmd").alias("model"),
-        pl.lit(record.version).alias("model_version"),
-        pl.lit(record.seed).cast(pl.Int32).alias("seed"),
+        pl.lit(name).alias("model"),
+        pl.lit(version).alias("model_version"),
+        pl.lit(seed).cast(pl.Int32).alias("seed"),
     )
 
 
-def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRecord") -> Iterator[dg.MaterializeResult]:
+def _results(
+    site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRecord", routing: Sequence[Mapping[str, Any]]
+) -> Iterator[dg.MaterializeResult]:
     """Asset results with what a person wants to see at once."""
     key = [day, record.version]
     of_day = "ds = ? AND model_version = ?"
     cells = con.execute(
-        f"SELECT surface || ' · ' || product, task, logmae FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL",
+        f"SELECT surface || ' · ' || product, task, logmae FROM daily_slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL",
         key,
     ).fetchall()
     [(mean, rows)] = con.execute(
-        f"SELECT avg(logmae), sum(rows)::BIGINT FROM slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL",
+        f"SELECT avg(logmae), sum(rows)::BIGINT FROM daily_slice_metrics WHERE {of_day} AND model = 'mtmd' AND bucket IS NULL",
         key,
     ).fetchall()
     slices = [f"{s} · {p}" for s, p in site.platform.slices]
@@ -110,10 +127,11 @@ def _results(site: Site, con: "DuckDBPyConnection", day: date, record: "ModelRec
         asset_key=asset_key(site.platform, "routing_metrics"),
         metadata={
             **shared,
-            "mean gates": preview(
-                con,
-                f"PIVOT (SELECT tower, domain, task, expert, mean_gate FROM routing_metrics WHERE ds = '{day}') ON expert USING first(mean_gate)",
-                100,
+            "mean gates": heat_map(
+                list(dict.fromkeys(f"{r['tower']} · {r['domain']} · {r['task']}" for r in routing)),
+                list(dict.fromkeys(r["expert"] for r in routing)),
+                {(f"{r['tower']} · {r['domain']} · {r['task']}", r["expert"]): r["mean_gate"] for r in routing},
+                f"mean gates of mtmd on {day}",
             ),
         },
     )

@@ -12,6 +12,7 @@ from mtmd_assets.contract import measure_contract
 from mtmd_assets.history import create_history
 from mtmd_assets.home import Site
 from mtmd_assets.join import Examples, RowCount, account_log, build_examples
+from mtmd_assets.platform import Platform
 from mtmd_assets.warehouse import Stage
 
 if TYPE_CHECKING:
@@ -48,25 +49,84 @@ def build(site: Site, day: date, stage: Stage) -> Done:
         if platform.history_days:
             create_history(con, platform, stage, day)
         examples = build_examples(con, platform, stage, stage, day)
-        measured = measure_contract(con, platform, day, stage.path("joined_examples", day))
-        stage.write(con, "feature_contract", day, "FROM contract_of_day")
-        contract = check_contract(measured)
-        drift = check_drift(con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl())
-        key = asset_key(platform, "joined_examples")
-        checks = [contract_result(contract, key), accounting_result(examples.counts, key), drift_result(drift, key)]
-        audit: Metadata = {
-            "contract": dg.MetadataValue.md(markdown(contract)),
-            "drift": dg.MetadataValue.md(markdown(drift)),
-            "dagster/row_count": contract.rules,
-        }
-        if contract.passed:
-            return Done(_of_the_join(con, examples, day, audit), checks)
+        checks, audit = _check(con, site, stage, day, "joined_examples", examples.counts)
+        return Done(_of_the_join(con, examples, day, audit), checks)
+
+
+def stands_alone(site: Site, day: date, stage: Stage) -> bool:
+    """Whether the staged log may be published without examples: nothing later would be left from an earlier build."""
+    later = [t for t in ("heavyweight_scores", "joined_examples") if not _staged(stage, t, day)]
+    return _staged(stage, "impressions", day) and not any(site.warehouse.published(t, day) for t in later)
+
+
+def _staged(stage: Stage, table: str, day: date) -> bool:
+    return stage.path(table, day).parent == stage.draft
+
+
+def build_log(site: Site, day: date, stage: Stage) -> Done:
+    """Check the staged log of a day whose examples are withheld, and account for it.
+
+    Its scores, where they are staged, are held against the limits of the join; features from history have no rules.
+
+    Raises:
+        BadFile: as `build`.
+        Refused: as `build`.
+    """
+    platform = site.platform
+    with stage.connect() as con:
+        counts: tuple[RowCount, ...] = ()
+        if _staged(stage, "heavyweight_scores", day):
+            _create_empty_history(con, platform, day)
+            counts = build_examples(con, platform, stage, stage, day).counts
+        _, audit = _check(con, site, stage, day, "joined_examples" if counts else "impressions", counts, False)
+        count = account_log(con, stage, day)
+        shown = {"feature_missingness": audit, **_of_the_log(con, count, day)}
+    if counts:
+        stage.path("joined_examples", day).unlink()
+    return Done(shown)
+
+
+def _check(
+    con: "DuckDBPyConnection",
+    site: Site,
+    stage: Stage,
+    day: date,
+    rows: str,
+    counts: tuple[RowCount, ...],
+    with_history: bool = True,
+) -> tuple[list[dg.AssetCheckResult], Metadata]:
+    """Hold the rows of a day against the contract: the results, and what a person wants to see of them.
+
+    Raises:
+        Refused: if the day breaks the feature contract; see `build`.
+    """
+    measured = measure_contract(con, site.platform, day, stage.path(rows, day), with_history)
+    stage.write(con, "feature_contract", day, "FROM contract_of_day")
+    contract = check_contract(measured)
+    drift = check_drift(con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl())
+    key = asset_key(site.platform, "joined_examples")
+    accounted = [accounting_result(counts, key)] if counts else []
+    checks = [contract_result(contract, key), *accounted, drift_result(drift, key)]
+    audit: Metadata = {
+        "contract": dg.MetadataValue.md(markdown(contract)),
+        "drift": dg.MetadataValue.md(markdown(drift)),
+        "dagster/row_count": contract.rules,
+    }
+    if contract.passed:
+        return checks, audit
     shown = {}
-    if not site.warehouse.published("joined_examples", day):
+    earlier = ("impressions", "joined_examples") if _staged(stage, "impressions", day) else ("joined_examples",)
+    if not any(site.warehouse.published(t, day) for t in earlier):
         stage.keep_only("feature_contract")
         stage.publish()
         shown = {"feature_missingness": audit}
     raise Refused(f"the feature contract is broken: {markdown(contract, 20)}", checks, shown)
+
+
+def _create_empty_history(con: "DuckDBPyConnection", platform: Platform, day: date) -> None:
+    """The table of `create_history` without a value in it."""
+    columns = ", ".join(["impression_id", *(f"NULL::FLOAT AS {f.name}" for f in platform.features if f.history)])
+    con.execute(f"CREATE TEMP TABLE history AS SELECT {columns} FROM impressions WHERE ds = DATE '{day}'")
 
 
 def _of_the_log(con: "DuckDBPyConnection", count: RowCount, day: date) -> dict[str, Metadata]:

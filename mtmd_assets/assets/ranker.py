@@ -39,7 +39,7 @@ def specs(site: Site) -> list[dg.AssetSpec]:
 
 
 def train(site: Site, day: date, stage: Stage) -> Done | None:
-    """Train the ranker whose last day is `day`; None where no ranker's window ends on it.
+    """Train and stage the ranker whose last day is `day`; None where no ranker's window ends on it.
 
     Raises:
         Withheld: if a day it needs is not published.
@@ -49,7 +49,8 @@ def train(site: Site, day: date, stage: Stage) -> Done | None:
     if following < platform.scored_from or ranker.ranker_day(platform, following) != day:
         return None
     with stage.connect() as con:
-        info = ranker.train_ranker(con, platform, stage, day, _folder(site, day))
+        info = ranker.train_ranker(con, platform, stage, day, stage.draft / "ranker")
+    stage.add(stage.draft / "ranker", _folder(site, day))
     tasks = [(t, i.rows, i.positives, i.trees, i.holdout_auc) for t, i in info.tasks.items()]
     importance = {t: sorted(i.importance.items(), key=lambda kv: -kv[1])[:10] for t, i in info.tasks.items()}
     top = [

@@ -1,8 +1,9 @@
 """Assets of a day that is scored by the model trained through the day before: what evaluation and embeddings share."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -10,6 +11,7 @@ import dagster as dg
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import asset_key, daily_partitions
 from mtmd_assets.assets.training import verify_window
+from mtmd_assets.assets.waiting import TRAINING_PATIENCE, waiting
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from mtmd_assets.warehouse import Stage
     from mtmd_model.predict import Predictor
+
+
+Result = dg.MaterializeResult | dg.AssetCheckResult
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,11 @@ class ScoredDay:
 
 
 def scored_day_assets(
-    site: Site, name: str, tables: Mapping[str, str], build: Callable[[ScoredDay], Iterator[dg.MaterializeResult]]
+    site: Site,
+    name: str,
+    tables: Mapping[str, str],
+    build: Callable[[ScoredDay], Iterator[Result]],
+    checks: Sequence[dg.AssetCheckSpec] = (),
 ) -> dg.AssetsDefinition:
     """The multi-asset that `build`s some tables of a scored day.
 
@@ -45,7 +54,8 @@ def scored_day_assets(
         site: whose.
         name: of the step.
         tables: table -> description.
-        build: writes to the stage, publishes it and yields a result a table.
+        build: writes to the stage, publishes it and yields a result a table, and one a check.
+        checks: that it makes.
     """
     platform = site.platform
     day_before = dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1)
@@ -67,10 +77,11 @@ def scored_day_assets(
             )
             for table, description in tables.items()
         ],
+        check_specs=checks,
         partitions_def=daily_partitions(platform),
         backfill_policy=dg.BackfillPolicy.multi_run(1),
     )
-    def scored_day(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+    def scored_day(context: dg.AssetExecutionContext) -> Iterator[Result]:
         sign(context)
         day = date.fromisoformat(context.partition_key)
         first = platform.first_window_end + timedelta(1)
@@ -78,7 +89,9 @@ def scored_day_assets(
             context.log.info(f"{day}: nothing to do, the first model can score {first}")
             return
         try:
-            record, model = _model_of(site, day)
+            record, model = waiting(
+                context, platform, partial(_model_of, site, day), TRAINING_PATIENCE, for_queued=False
+            )
         except Withheld as e:
             raise dg.Failure(str(e), allow_retries=False) from e
         with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:

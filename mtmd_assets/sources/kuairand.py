@@ -71,7 +71,8 @@ class Kuairand:
     def __init__(self, platform: Platform):
         assert isinstance(platform.source, KuairandSource)
         if platform.source.data is None:
-            raise PlatformError(f"{platform.name}: source.data: the KuaiRand-Pure folder is not given (received None)")
+            needed = "the KuaiRand-Pure folder is not given: DATA=folder to make, --data folder to mtmd"
+            raise PlatformError(f"{platform.name}: source.data: {needed} (received None)")
         folder = Path(platform.source.data).expanduser()
         self.folder = folder / "data" if (folder / "data").is_dir() else folder
 

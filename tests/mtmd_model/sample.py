@@ -2,8 +2,14 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
+import torch
 
+from mtmd_model.batch import Batch
+from mtmd_model.domain_norm import DomainNorm
+from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.schema import Feature, Schema, Task
+from mtmd_model.two_tower import TwoTower
 
 SURFACES, PRODUCTS = ("home", "search", "related"), ("standard", "shopping")
 EVERYWHERE = tuple((s, p) for s in SURFACES for p in PRODUCTS)
@@ -72,3 +78,36 @@ def examples(rows: int, seed: int = 0, schema: Schema | None = None) -> pa.Table
         columns[f"score_{task.name}"] = pa.array(scores[task.name], mask=~exists)
     columns["weight"] = np.where(rng.random(rows) < 0.1, 2.0, 1.0)
     return pa.table(columns)
+
+
+def assert_gradients_are_slopes(model: TwoTower, batch: Batch) -> None:
+    """Autograd's gradient of a random sum of all logits is its slope along random directions, in float64.
+
+    One direction moves only what every other part reads, tables and norms: a path that autograd misses weighs most
+    there. The others move every parameter.
+    """
+    model = model.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    weight_BT = torch.randn(batch.labels.shape, generator=generator) * ~batch.labels.isnan()
+
+    def total() -> torch.Tensor:
+        return (model(batch) * weight_BT).sum()
+
+    model.zero_grad()
+    total().backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    inputs = [m for m in model.modules() if isinstance(m, DomainNorm | FeatureEmbeddings)]
+    first = {id(p) for m in inputs for p in m.parameters()}
+    for moved in ([p for p in parameters if id(p) in first], parameters, parameters):
+        ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in moved]
+        expected = 0.0
+        for p, way in zip(moved, ways, strict=True):
+            assert p.grad is not None
+            expected += (p.grad * way).sum().item()
+        sums, eps = [], 1e-6
+        with torch.no_grad():
+            for step in (eps, -2 * eps, eps):  # the last one goes back
+                for p, way in zip(moved, ways, strict=True):
+                    p.add_(way, alpha=step)
+                sums.append(total().item())
+        assert (sums[0] - sums[1]) / (2 * eps) == pytest.approx(expected, rel=1e-5)

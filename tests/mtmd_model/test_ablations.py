@@ -79,7 +79,7 @@ def test_an_ablation_lacks_what_it_says(encoder: Encoder):
 def test_without_an_expert_the_grouped_network_has_one_fewer_a_task(encoder: Encoder):
     def networks(*experts: str) -> int:
         model = model_of(encoder, {"experts": experts})
-        return len(model.query_tower.expert["=home"].deep_and_task_shared.linears[0].weight)  # type: ignore[union-attr, index, arg-type]
+        return len(model.query_tower.expert["=home"].deep_and_task_shared.linears[0].weight)  # type: ignore[union-attr, index]
 
     assert networks("deep", "task_shared") == 5  # four tasks and the task-shared
     assert networks("deep") == 4

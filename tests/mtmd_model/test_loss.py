@@ -107,9 +107,10 @@ def test_metrics_by_hand():
 
 
 def test_metrics_floor_both_sides_and_say_so():
-    m = metrics.measure([0.0, 1e-6, 0.5], [1e-9, 1e-5, 0.5])
-    assert m.floored == pytest.approx(1 / 3)
-    assert m.logmae == pytest.approx(math.log(10) / 3)
+    # of the first three only what lies above 1e-6 counts: nothing, a factor of 5 in p, one of 20 in t
+    m = metrics.measure([3e-9, 5e-6, 1e-7, 1e-6], [4e-7, 0.0, 2e-5, 1e-5])
+    assert m.floored == pytest.approx(3 / 4)
+    assert m.logmae == pytest.approx((math.log(5) + math.log(20) + math.log(10)) / 4)
     assert np.isinf(metrics.measure([0.0], [0.5]).kl)
     assert metrics.measure([0.0, 1.0], [0.0, 1.0]).kl == 0
 

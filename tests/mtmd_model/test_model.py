@@ -1,6 +1,7 @@
 """The two-tower as a whole (paper section 2): who reads what, who learns from what, what is stored."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from mtmd_model.encoder import Encoder, fit_encoder
 from mtmd_model.loss import kl_loss
 from mtmd_model.mtmd import MTMD, MTMDConfig
 from mtmd_model.schema import Feature, Schema, Task
+from mtmd_model.squeeze_excitation import SqueezeExcitation
+from mtmd_model.towers import _Permute
 from mtmd_model.two_tower import count_parameters, dot_products
-from tests.mtmd_model.sample import PRODUCTS, SURFACES, examples, platform
+from tests.mtmd_model.sample import PRODUCTS, SURFACES, assert_gradients_are_slopes, examples, platform
 
 TINY = MTMDConfig(deep=(12, 8), shallow=(6, 4), router=(6,), width_divisor=8)
 TASKS = ("ctr", "gctr", "octr", "cvr")
@@ -71,8 +74,8 @@ def test_first_predictions_are_the_slices_means(encoder: Encoder):
     batch = encoder.encode(examples(3000))
     for preset in ("paper", "small"):
         model = MTMD(encoder.schema, encoder.rows, MTMDConfig.preset(preset))
-        model.set_bias(slice_logits(batch, encoder, constrained=True))
-        bias_only = model.unconditional(model.bias_TSP[:, batch.query.domain, batch.item.domain].T)
+        model.bias.set(slice_logits(batch, encoder, constrained=True))
+        bias_only = model.unconditional(model.bias.logits_TSP[:, batch.query.domain, batch.item.domain].T)
         exists = ~batch.labels.isnan()
         # the biases alone predict each slice's mean score, of the children too
         for s in range(3):
@@ -94,7 +97,7 @@ def test_the_dot_product_of_stored_vectors_is_the_logit(encoder: Encoder):
     # the bias is part of it: a change of one slice's bias moves that slice's logits by as much
     before = model(batch)
     with torch.no_grad():
-        model.bias_TSP[0, 1, 0] += 1
+        model.bias.logits_TSP[0, 1, 0] += 1
     moved = (batch.query.domain == 1) & (batch.item.domain == 0)
     torch.testing.assert_close(model(batch)[:, 0] - before[:, 0], moved.float(), atol=1e-5, rtol=0)
 
@@ -150,6 +153,42 @@ def test_gates_are_a_softmax(encoder: Encoder):
     assert [g.shape[0] for g in model.item_tower(batch.item).gates.values()] == [3, 3]
 
 
+@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, {"constrained": False}])
+def test_gradients_are_slopes(encoder: Encoder, changes: dict):
+    model = model_of(encoder, MTMDConfig(**{**vars(TINY), **changes}))
+    for module in model.modules():
+        if isinstance(module, SqueezeExcitation):
+            # near zero, as they start, the gates would hardly depend on what they read
+            torch.nn.init.normal_(module.excite.weight)
+    batch = encoder.encode(examples(60))
+    assert len(set(zip(batch.query.domain.tolist(), batch.item.domain.tolist(), strict=True))) == 6
+    assert_gradients_are_slopes(model, batch)
+
+
+def test_the_gradient_of_a_permutation_is_its_inverse():
+    # a cycle of three is not its own inverse
+    order, x = torch.tensor([1, 2, 0, 3]), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    y = _Permute.apply(x, order, torch.argsort(order))
+    assert torch.equal(y, x[order])
+    weight = torch.randn(4, 2, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((x[order] * weight).sum(), x)
+    (got,) = torch.autograd.grad((y * weight).sum(), x)
+    assert torch.equal(got, expected)
+
+
+def test_every_domain_has_the_configured_norm(encoder: Encoder):
+    config = MTMDConfig(**{**vars(TINY), "norm_clip": 3.0, "norm_horizon": 500, "se_reduction": 4})
+    model: Any = MTMD(encoder.schema, encoder.rows, config)
+    shared: Any = MTMD(encoder.schema, encoder.rows, replace(config, domain_norm=False))
+    for tower in (model.query_tower, model.item_tower):
+        for adaptation in tower.adaptation.values():
+            assert (adaptation.norm.clip, adaptation.norm.horizon) == (3.0, 500)
+            squeeze = adaptation.excitation.squeeze
+            assert squeeze.out_features == max(1, squeeze.in_features // 4)
+    for tower in (shared.query_tower, shared.item_tower):
+        assert (tower.norm.clip, tower.norm.horizon) == (3.0, 500)
+
+
 def test_only_the_rows_own_experts_learn(encoder: Encoder):
     model = model_of(encoder)
     gradients = backward(model, only(encoder, "search", "standard"))
@@ -157,7 +196,7 @@ def test_only_the_rows_own_experts_learn(encoder: Encoder):
         others = ("=home", "=related", "=shopping")
         if any(f"{other}." in name for other in others):
             assert gradient is None, name
-        elif "tables" not in name and name != "bias_TSP":
+        elif "tables" not in name and name != "bias.logits_TSP":
             assert gradient is not None, name
     # of every kind of part, something learns
     for part in (
@@ -175,7 +214,7 @@ def test_only_the_rows_own_experts_learn(encoder: Encoder):
         "item_tower.expert.=standard.deep_and_task_shared",
         "item_tower.embeddings",
         "item_tower.domain_shared",
-        "bias_TSP",
+        "bias.logits_TSP",
     ):
         found = [g for n, g in gradients.items() if n.startswith(part)]
         assert found, part
@@ -216,7 +255,7 @@ def test_no_gradient_from_a_task_that_does_not_exist_in_the_slice(encoder: Encod
     deep = whole["query_tower.expert.=home.deep_and_task_shared.linears.0.weight"]
     assert not deep[2].any()
     assert deep[[0, 1, 3, 4]].flatten(1).any(1).all()
-    assert not whole["bias_TSP"][2].any()
+    assert not whole["bias.logits_TSP"][2].any()
     assert all(g is None or g.isfinite().all() for g in whole.values())
 
 
@@ -236,7 +275,7 @@ def test_the_domain_layout_leaves_absent_features_out_and_the_common_one_fills_t
         Feature("k", "item", "categorical", ("a", "b"), width=2, buckets=2, key=True),
         Feature("n", "item", "categorical", ("b",), width=3, buckets=2, key=True),
     ]
-    adaptation = DomainAdaptation("a", dense, categorical, 5.0, 1000, 2).eval()
+    adaptation = DomainAdaptation("a", dense, categorical, MTMDConfig(norm_horizon=1000)).eval()
     with torch.no_grad():
         adaptation.norm.missing.copy_(torch.tensor([7.0, 9.0]))
         adaptation.norm.count.fill_(2)

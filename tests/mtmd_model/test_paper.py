@@ -75,7 +75,7 @@ def test_both_layouts_hold_the_gated_features():
         Feature("k", "item", "categorical", ("a", "b"), width=2, buckets=2, key=True),
         Feature("n", "item", "categorical", ("b",), width=3, buckets=2, key=True),
     ]
-    adaptation: Any = noisy(DomainAdaptation("a", dense, categorical, 5.0, 1000, 2))
+    adaptation: Any = noisy(DomainAdaptation("a", dense, categorical, MTMDConfig(norm_horizon=1000)))
     adaptation.norm.count.fill_(2)
     adaptation.norm.var.fill_(4.0)
     x, embedded = torch.tensor([[0.5, 4.0], [1.5, 4.0]]).double(), torch.randn(2, 5).double()

@@ -52,17 +52,6 @@ def test_loss_falls_and_beats_the_constant(result: TrainResult):
     assert metrics.measure(p, t).calibration == pytest.approx(1, abs=0.1)
 
 
-def test_the_best_epoch_is_kept(result: TrainResult, files: tuple[list[Path], list[Path]]):
-    validation = [entry["validation_loss"] for entry in result.history]
-    assert result.best_epoch == int(np.argmin(validation))
-    model, encoder = result.predictor.model, result.predictor.encoder
-    window = load(encoder, files[1])
-    with torch.no_grad():
-        weights = torch.tensor([t.weight for t in encoder.schema.tasks])
-        loss = kl_loss(model(window).double(), window.labels.double(), window.weight.double(), weights.double())
-    assert loss.item() == pytest.approx(min(validation), rel=1e-5)
-
-
 def test_a_seed_decides_everything(result: TrainResult, files: tuple[list[Path], list[Path]], tmp_path: Path):
     random_state = torch.random.get_rng_state()
     again = train(platform(), *files, CONFIG, tmp_path / "again")
@@ -179,11 +168,21 @@ def test_without_validation_the_last_epoch_is_kept(files: tuple[list[Path], list
     assert seen[0]["validation_loss"] is None
 
 
-def test_early_stopping(files: tuple[list[Path], list[Path]], tmp_path: Path):
-    config = replace(CONFIG, max_epochs=30, patience=1, optimiser=OptimiserConfig(0.05, "constant"))
+def test_training_stops_and_keeps_the_best_epoch(write: Write, tmp_path: Path):
+    # few rows and a high learning rate: overfitted after a few epochs
+    files = [write(examples(200, 1))], [write(examples(300, 3))]
+    config = replace(CONFIG, max_epochs=30, patience=2, batch_size=100, optimiser=OptimiserConfig(0.1, "constant"))
     got = train(platform(), *files, config, tmp_path / "v")
-    assert len(got.history) < 30
-    assert got.best_epoch == len(got.history) - 2
+    validation = [entry["validation_loss"] for entry in got.history]
+    assert got.best_epoch == int(np.argmin(validation)) == len(validation) - 3
+    assert len(validation) < 30
+    model, encoder = got.predictor.model, got.predictor.encoder
+    window = load(encoder, files[1])
+    with torch.no_grad():
+        weights = torch.tensor([t.weight for t in encoder.schema.tasks])
+        loss = kl_loss(model(window).double(), window.labels.double(), window.weight.double(), weights.double())
+    assert loss.item() == pytest.approx(min(validation), rel=1e-5)
+    assert min(abs(v - loss.item()) for v in validation[-2:]) > 1e-3 * loss.item()
 
 
 def test_files_without_rows_are_refused(write: Write, tmp_path: Path):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +15,8 @@ import torch
 
 from mtmd_model import metrics
 from mtmd_model import train as training
-from mtmd_model.data import load
+from mtmd_model.batch import Batch
+from mtmd_model.data import load, slice_logits
 from mtmd_model.encoder import Encoder, fit_encoder
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
 from mtmd_model.loss import kl_loss
@@ -38,6 +39,34 @@ def module_of(encoder: Encoder, optimiser: OptimiserConfig | None = None) -> Ran
     model = MTMD(encoder.schema, encoder.rows, TINY)
     model(encoder.encode(examples(300)))
     return RankerModule(model, optimiser or OptimiserConfig())
+
+
+@dataclass
+class Watched:
+    """A run of two epochs, three steps each."""
+
+    files: list[Path]
+    labels: list[torch.Tensor]
+    """Of the rows of each training step."""
+    rates: list[float]
+    """The learning rate of each step."""
+    optimiser: OptimiserConfig
+
+
+@pytest.fixture(scope="module")
+def watched(write: Write, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    seen = Watched([write(examples(300))], [], [], OptimiserConfig(warmup_share=0.4))
+    real = RankerModule.training_step
+
+    def step(self: RankerModule, batch: Batch, index: int) -> torch.Tensor:
+        seen.labels.append(batch.labels[:, 0])
+        seen.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return real(self, batch, index)
+
+    config = replace(CONFIG, max_epochs=2, optimiser=seen.optimiser)
+    with mock.patch.object(RankerModule, "training_step", step):
+        train(platform(), seen.files, [], config, tmp_path_factory.mktemp("watched") / "v")
+    return seen
 
 
 def put(table: pa.Table, name: str, values: Any) -> pa.Table:
@@ -90,6 +119,33 @@ def test_a_file_that_changes_while_it_is_read_is_named(write: Write, tmp_path: P
 
     with mock.patch.object(training, when, change), pytest.raises(RuntimeError, match=f"{late} changed"):
         train(platform(), files, [late], CONFIG, tmp_path / "v")
+
+
+def test_every_epoch_has_an_order_of_its_own(watched: Watched, encoder: Encoder):
+    in_files = load(encoder, watched.files).labels[:, 0].tolist()
+    first, second = (torch.cat(watched.labels[n : n + 3]).tolist() for n in (0, 3))
+    assert sorted(first) == sorted(second) == sorted(in_files)
+    assert first != second
+    assert in_files not in (first, second)
+
+
+def test_the_learning_rate_is_set_at_every_step(watched: Watched):
+    # two steps of warm-up, then the cosine
+    expected = [watched.optimiser.learning_rate * watched.optimiser.share(step, 6) for step in range(6)]
+    assert len(set(expected)) == 5
+    assert watched.rates == pytest.approx(expected)
+
+
+def test_biases_start_at_the_logits_of_the_training_days(write: Write, tmp_path: Path):
+    days, low = examples(300), examples(300, 1)
+    for name in ("score_ctr", "score_gctr", "score_octr", "score_cvr"):
+        low = put(low, name, np.array(low[name]) ** 2)
+    files, last = [write(days)], [write(low)]
+    still = replace(CONFIG, optimiser=OptimiserConfig(learning_rate=1e-9))
+    predictor = train(platform(), files, last, still, tmp_path / "v").predictor
+    start, other = (slice_logits(load(predictor.encoder, f), predictor.encoder, True) for f in (files, last))
+    assert (start - other).abs().min() > 0.1
+    torch.testing.assert_close(predictor.model.bias.logits_TSP.detach(), start, atol=1e-6, rtol=0)
 
 
 def test_vocabularies_are_of_the_training_days_only(write: Write, tmp_path: Path):
@@ -197,7 +253,7 @@ def test_parameter_groups_by_name(encoder: Encoder):
         assert decay[id(names[f"{expert}.{name}"])] == 0.0
     adaptation = "item_tower.adaptation.=standard"
     assert [decay[id(names[f"{adaptation}.norm.{n}"])] for n in ("gain", "bias", "missing")] == [0, 0, 0]
-    assert decay[id(names["bias_TSP"])] == 0
+    assert decay[id(names["bias.logits_TSP"])] == 0
     assert decay[id(names[f"{adaptation}.excitation.squeeze.weight"])] == 0.3
 
 
@@ -219,7 +275,11 @@ def test_the_training_step_is_the_weighted_kl_by_hand(encoder: Encoder):
 
 def test_validation_logmae_is_the_mean_over_cells(encoder: Encoder):
     module = module_of(encoder).eval()
+    # below the floor: the model's cvr in one slice, labels in another
+    module.model.bias.set(torch.zeros(4, 3, 2).index_put((torch.tensor(3), torch.tensor(0)), torch.tensor(-20.0)))
     table = examples(400, 3)
+    low = np.array(table["score_octr"])
+    table = put(table, "score_octr", pa.array(np.where(np.arange(400) % 3, low, 1e-8), mask=np.isnan(low)))
     batch, logged = encoder.encode(table), {}
     module.log = lambda name, value, **_: logged.update({name: value.item()})  # type: ignore[method-assign]
     module.on_validation_epoch_start()
@@ -249,7 +309,7 @@ def test_validation_is_exact_also_under_autocast(encoder: Encoder):
         module.on_validation_epoch_start()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             module.validation_step(batch, 0)
-        sums.append(module.validation_sum.tolist())
+        sums.append(module.slice_sum.tolist())
     assert sums[0] == sums[1]
 
 

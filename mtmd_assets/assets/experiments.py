@@ -1,0 +1,319 @@
+"""Experiments: MTMD, its contenders and its ablations on the same windows and seeds, and by how much MTMD is better.
+
+A partition is an evaluation day D: every model is trained on the window that ends on D-1, as the daily one is, and
+scores D. Models that are trained already, by the same code on the same data, are not trained again, so that an
+interrupted run goes on where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+import sql
+from mtmd_assets import model_store
+from mtmd_assets.assets.common import asset_key, daily_partitions, preview
+from mtmd_assets.assets.evaluation import FLOOR, predictions
+from mtmd_assets.assets.training import verify_window
+from mtmd_assets.contenders import CONTENDERS, MODELS, change_of, train_config
+from mtmd_assets.faults import Withheld
+from mtmd_assets.home import Site
+from mtmd_assets.join import create_evaluated
+from mtmd_assets.runs import sign
+from mtmd_assets.training_pool import TrainJob, train_all
+
+if TYPE_CHECKING:
+    import polars as pl
+    from duckdb import DuckDBPyConnection
+
+TABLES = {
+    "experiment_models": "One row a trained contender, ablation or seed, as in `models`.",
+    "experiment_predictions": "As `predictions`, of every model and seed.",
+    "experiment_slice_metrics": "As the daily metrics, of every model and seed; the view `slice_metrics` has both.",
+    "experiment_routing_metrics": "Which experts the routers of each seed of mtmd use.",
+}
+
+
+class ExperimentConfig(dg.Config):
+    """What to train."""
+
+    models: list[str] = Field(default=["mtmd", *CONTENDERS])
+    """Names in `contenders.MODELS`; what is published of others stays."""
+    seeds: int = 0
+    """How many; 0 is what the platform file says."""
+    workers: int = 0
+    """Models trained at a time, each on one thread; 0 is the number of cores."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One model of an experiment."""
+
+    model: str
+    seed: int
+    version: str
+    folder: Path
+
+
+def experiment_assets(site: Site) -> list[dg.AssetsDefinition]:
+    """The multi-asset of the experiments' tables, and `improvements`."""
+    platform = site.platform
+    before = dg.TimeWindowPartitionMapping(start_offset=-platform.training.window_days, end_offset=0)
+    group = f"{platform.name}_experiments"
+
+    @dg.multi_asset(
+        name=group,
+        specs=[
+            dg.AssetSpec(
+                asset_key(platform, table),
+                deps=[dg.AssetDep(asset_key(platform, "joined_examples"), partition_mapping=before)],
+                description=description,
+                group_name=group,
+                kinds={"pytorch", "parquet"},
+                skippable=True,
+            )
+            for table, description in TABLES.items()
+        ],
+        partitions_def=daily_partitions(platform),
+        backfill_policy=dg.BackfillPolicy.multi_run(1),
+    )
+    def experiments(context: dg.AssetExecutionContext, config: ExperimentConfig) -> Iterator[dg.MaterializeResult]:
+        sign(context)
+        day = date.fromisoformat(context.partition_key)
+        if day <= platform.first_window_end:
+            context.log.info(
+                f"{day}: nothing to do, the first model can score {platform.first_window_end + timedelta(1)}"
+            )
+            return
+        try:
+            yield from run_experiments(context, site, day, config)
+        except Withheld as e:
+            raise dg.Failure(str(e), allow_retries=False) from e
+
+    pooled = dg.TimeWindowPartitionMapping(start_offset=1 - platform.experiments.days, end_offset=0)
+
+    @dg.asset(
+        key=asset_key(platform, "improvements"),
+        deps=[dg.AssetDep(asset_key(platform, "experiment_predictions"), partition_mapping=pooled)],
+        description="(contender - mtmd) / contender of LogMAE, by slice x task x bucket, over the pooled rows of the "
+        "last evaluation days, with bootstrap intervals over users and seeds.",
+        group_name=group,
+        kinds={"parquet"},
+        partitions_def=daily_partitions(platform),
+        backfill_policy=dg.BackfillPolicy.multi_run(1),
+    )
+    def improvements(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        sign(context)
+        try:
+            return compare(site, date.fromisoformat(context.partition_key), context.run.run_id)
+        except Withheld as e:
+            raise dg.Failure(str(e), allow_retries=False) from e
+
+    return [experiments, improvements]
+
+
+def run_experiments(
+    context: dg.AssetExecutionContext, site: Site, day: date, config: ExperimentConfig
+) -> Iterator[dg.MaterializeResult]:
+    """Train what is missing, score the day, publish it with what was published of other models.
+
+    Raises:
+        Withheld: a day of the window, or the day itself, is not published.
+        dagster.Failure: an unknown model.
+    """
+    unknown = [m for m in config.models if m not in MODELS]
+    if unknown:
+        raise dg.Failure(f"models: {unknown} are none of {', '.join(MODELS)}", allow_retries=False)
+    platform = site.platform
+    window = platform.window(day - timedelta(1))
+    verify_window(site, [*window, day])
+    seeds = range(config.seeds or platform.experiments.seeds)
+    trained = train_models(site, window, config.models, seeds, config.workers, context.log.info)
+    with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
+        create_evaluated(con, platform, site.warehouse, day)
+        routing = _score(con, trained)
+        others = f"ds = '{day}' AND model NOT IN ({', '.join(sql.quoted(m) for m in config.models)})"
+        stage.write(
+            con,
+            "experiment_predictions",
+            day,
+            f"FROM scored UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_predictions WHERE {others}",
+        )
+        metrics = f"({sql.text('cell_metrics').rstrip().rstrip(';')})"
+        stage.write(
+            con,
+            "experiment_slice_metrics",
+            day,
+            f"FROM {metrics} UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_slice_metrics WHERE {others}",
+            {"floor": FLOOR},
+        )
+        con.register("trained", _records(trained, window))
+        stage.write(
+            con,
+            "experiment_models",
+            day,
+            f"FROM trained UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_models WHERE {others}",
+        )
+        if "mtmd" in config.models:
+            stage.write_rows(con, "experiment_routing_metrics", day, routing)
+        results: list[dg.MaterializeResult] = [
+            dg.MaterializeResult(
+                asset_key=asset_key(platform, table),
+                metadata={
+                    "models": ", ".join(config.models),
+                    "seeds": len(seeds),
+                    "preview": preview(con, f"SELECT * FROM {table} WHERE ds = '{day}'"),
+                },
+            )
+            for table in TABLES
+            if table != "experiment_routing_metrics" or "mtmd" in config.models
+        ]
+        stage.publish()
+    yield from results
+
+
+def train_models(
+    site: Site, window: Sequence[date], models: Sequence[str], seeds: Sequence[int], workers: int, log: Any
+) -> list[Trained]:
+    """Every model with every seed on a window, the last day of which decides when to stop."""
+    platform, warehouse = site.platform, site.warehouse
+    files = {d: warehouse.path("joined_examples", d) for d in window}
+    shared = {
+        "data": {str(d): model_store.file_hash(f) for d, f in files.items()},
+        "schema": platform.model_schema.to_dict(),
+        "code": model_store.code_version(),
+    }
+    *fitted, stopped_on = window
+    found, jobs = [], []
+    # seed by seed, so that what an interrupted run leaves is whole tables of fewer seeds
+    for seed in seeds:
+        for model in models:
+            config = train_config(platform, change_of(platform, model), seed)
+            ingredients = json.dumps({**shared, "config": config.to_dict()}, sort_keys=True)
+            version = f"{window[-1]}-{model}-{seed}-{hashlib.sha256(ingredients.encode()).hexdigest()[:10]}"
+            folder = site.folder / "experiments" / version
+            found.append(Trained(model, seed, version, folder))
+            if not (folder / "manifest.json").is_file():
+                jobs.append(
+                    TrainJob(
+                        version,
+                        platform.model_schema,
+                        tuple(files[d] for d in fitted),
+                        (files[stopped_on],),
+                        config,
+                        folder,
+                        {"platform": platform.name, "window": [str(d) for d in window], "data": shared["data"]},
+                    )
+                )
+    log(f"{len(found) - len(jobs)} of {len(found)} models are trained already")
+    train_all(jobs, workers, log)
+    return found
+
+
+def _score(con: "DuckDBPyConnection", trained: Sequence[Trained]) -> list[dict[str, Any]]:
+    """Leave the temp table `scored`, in the columns of `predictions`; returns the routing of mtmd's seeds."""
+    from mtmd_model import checkpoint
+
+    rows = con.sql("FROM evaluated").to_arrow_table()
+    routing: list[dict[str, Any]] = []
+    for n, t in enumerate(trained):
+        model = checkpoint.load(t.folder)
+        con.register("of_model", predictions(model, t.model, t.version, t.seed, rows))
+        con.execute(f"{'INSERT INTO scored' if n else 'CREATE TEMP TABLE scored AS'} FROM of_model")
+        con.unregister("of_model")
+        if t.model == "mtmd":
+            routing += [{"seed": t.seed, "model_version": t.version, **row} for row in model.routing(rows)]
+    return routing
+
+
+def _records(trained: Sequence[Trained], window: Sequence[date]) -> "pl.DataFrame":
+    """Rows of `experiment_models`, from the models' manifests."""
+    import polars as pl
+
+    rows = []
+    for t in trained:
+        manifest = json.loads((t.folder / "manifest.json").read_text())
+        best = manifest["history"][manifest["best_epoch"]]
+        rows.append(
+            {
+                "model": t.model,
+                "model_version": t.version,
+                "seed": t.seed,
+                "window_start": window[0],
+                "window_end": window[-1],
+                "rows": manifest["rows"]["train"] + manifest["rows"]["validation"],
+                "embedding_params": manifest["params"]["embedding"],
+                "dense_params": manifest["params"]["dense"],
+                "data_hashes": json.dumps(manifest["data"]),
+                "ranker_versions": [],
+                "code_version": manifest["code_version"],
+                "config": json.dumps(manifest["train_config"]),
+                "epochs": len(manifest["history"]),
+                "best_epoch": manifest["best_epoch"],
+                "validation_loss": best["validation_loss"],
+                "validation_logmae": best["validation_logmae"],
+                "promoted": False,
+            }
+        )
+    return pl.DataFrame(rows, schema_overrides={"ranker_versions": pl.List(pl.String)})
+
+
+def compare(site: Site, last: date, run_id: str) -> dg.MaterializeResult:
+    """Improvements of mtmd over every other model, over the evaluation days that end on `last`.
+
+    Raises:
+        Withheld: a day has no experiments.
+    """
+    import polars as pl
+
+    from mtmd_assets.improvement import improvement_table
+
+    platform, warehouse = site.platform, site.warehouse
+    first = last - timedelta(platform.experiments.days - 1)
+    missing = warehouse.missing("experiment_predictions", first, last)
+    if missing:
+        raise Withheld(
+            f"no experiments of {', '.join(map(str, missing))}: run {platform.name}_experiments for these days"
+        )
+    with warehouse.stage(run_id) as stage, warehouse.connect() as con:
+        span = f"ds BETWEEN '{first}' AND '{last}'"
+        versions = con.execute(
+            f"SELECT model, list(DISTINCT model_version ORDER BY model_version) FROM experiment_predictions WHERE {span} GROUP BY model ORDER BY model"
+        ).fetchall()
+        result_id = f"{last}-{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:10]}"
+        mtmd = _predictions_of(con, span, "mtmd")
+        tables = []
+        for model in [m for m in MODELS if m != "mtmd" and m in dict(versions)]:
+            contender = _predictions_of(con, span, model)
+            both = contender.select("day", "seed").unique()
+            table = improvement_table(mtmd.join(both, on=["day", "seed"], how="semi"), contender)
+            tables.append(table.with_columns(contender=pl.lit(model)))
+        if not tables:
+            raise Withheld(f"no contender was trained for {first} to {last}: run {platform.name}_experiments")
+        con.register("compared", pl.concat(tables))
+        stage.write(
+            con,
+            "improvement_results",
+            last,
+            f"SELECT '{result_id}' AS result_id, DATE '{first}' AS eval_start, DATE '{last}' AS eval_end, * FROM compared",
+        )
+        query = f"SELECT contender, rows, seeds, improvement, low, high FROM improvement_results WHERE ds = '{last}' AND surface IS NULL AND task IS NULL AND bucket IS NULL"
+        metadata: dict[str, Any] = {"result_id": result_id, "mean improvement": preview(con, query, 50)}
+        stage.publish()
+    return dg.MaterializeResult(metadata=metadata)
+
+
+def _predictions_of(con: "DuckDBPyConnection", span: str, model: str) -> "pl.DataFrame":
+    """A model's predictions on some days, with the bucket of each row among its day's slice x task."""
+    return con.sql(
+        f"""SELECT seed, ds AS day, impression_id, user_id, surface, product, task, score, probability,
+            (ntile(10) OVER (PARTITION BY ds, seed, surface, product, task ORDER BY score DESC, impression_id) - 1)::INT AS bucket
+        FROM experiment_predictions WHERE {span} AND model = $model""",
+        params={"model": model},
+    ).pl()

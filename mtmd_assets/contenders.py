@@ -1,0 +1,105 @@
+"""The models that MTMD is measured against, and MTMD with one thing taken away: how each is trained.
+
+A contender is trained on the same window, features, passes and stopping rule as MTMD. What the platform file says of
+it under `experiments.contenders` was chosen by `mtmd tune` with as many trials for each, on days before those that are
+evaluated. An ablation is MTMD's own training with one change.
+
+Nothing here imports Dagster or torch: a training process pays for what it needs only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mtmd_assets.platform import Platform
+
+if TYPE_CHECKING:
+    from mtmd_model.train import TrainConfig
+
+CONTENDERS = ("slice_towers", "pooled_towers", "mmoe_dcn")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What sets one training apart from the platform's own."""
+
+    architecture: str = "mtmd"
+    """A name in `mtmd_model.architectures`."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the architecture's configuration."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the platform file's `training`."""
+    sample_rate: float = 1.0
+    """Share of the training rows."""
+
+
+ALL_EXPERTS = ("deep", "task_shared", "domain_shared", "shallow")
+
+ABLATIONS: Mapping[str, Change] = {
+    "no_domain_adaptation": Change(model={"domain_norm": False, "excitation": False}),
+    "no_domain_norm": Change(model={"domain_norm": False}),
+    "no_excitation": Change(model={"excitation": False}),
+    "no_cross": Change(model={"cross_layers": 0}),
+    "post_norm": Change(model={"norm": "post"}),
+    "no_norm": Change(model={"norm": "none"}),
+    "no_routing": Change(model={"routing": False}),
+    **{f"no_{kind}": Change(model={"experts": tuple(k for k in ALL_EXPERTS if k != kind)}) for kind in ALL_EXPERTS},
+    "unconstrained": Change(model={"constrained": False}),
+    "width_64": Change(model={"deep_width": 64}),
+    "width_48": Change(model={"deep_width": 48}),
+    "width_32": Change(model={"deep_width": 32}),
+    "half_the_rows": Change(sample_rate=0.5),
+    "one_model_a_product": Change(architecture="product_mtmd"),
+    "unpooled": Change(training={"deviation": None}),
+}
+"""By the name in the column `model`. `no_cross` is without DCN (table 6); `unconstrained` has independent tasks of equal
+width (table 5); `width_*` give every task's emb_deep one width (section 3.4, before the preset's divisor); `unpooled`
+trains the domain experts without `mtmd_model.partial_pooling`."""
+
+MODELS = ("mtmd", *CONTENDERS, *ABLATIONS)
+
+
+def change_of(platform: Platform, model: str) -> Change:
+    """How a model's training differs from the platform's own.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if model == "mtmd":
+        return Change()
+    if model in ABLATIONS:
+        return ABLATIONS[model]
+    if model in CONTENDERS:
+        of_model = {name: settings for name, settings in platform.experiments.contenders.items() if name == model}
+        settings = {k: v for c in of_model.values() for k, v in c.model_dump(exclude_none=True).items()}
+        own = {k: settings.pop(k) for k in ("experts",) if k in settings}
+        return Change(architecture=model, model=own, training=settings)
+    raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+
+
+def train_config(platform: Platform, change: Change | None = None, seed: int | None = None) -> "TrainConfig":
+    """The platform file's training section, with a change, as the model package wants it."""
+    from mtmd_model.architectures import ARCHITECTURES
+    from mtmd_model.lightning_module import OptimiserConfig
+    from mtmd_model.train import TrainConfig
+
+    change = change or Change()
+    t = platform.training.model_copy(update=dict(change.training))
+    config = ARCHITECTURES[change.architecture].config
+    return TrainConfig(
+        architecture=change.architecture,
+        model=config.preset(t.preset, **{"dropout": t.dropout, **change.model}),
+        optimiser=OptimiserConfig(
+            learning_rate=t.learning_rate,
+            weight_decay=t.weight_decay,
+            embedding_weight_decay=t.weight_decay,
+            deviation=t.deviation,
+        ),
+        sample_rate=change.sample_rate,
+        batch_size=t.batch_size,
+        max_epochs=t.max_epochs,
+        patience=t.patience,
+        seed=t.seed if seed is None else seed,
+        accelerator=t.accelerator,
+        precision=t.precision,
+    )

@@ -1,0 +1,259 @@
+"""`docs/results.md`: what the experiments' tables say, in words and tables that a person can check with SQL.
+
+Nothing here computes a result; it reads `improvements`, `experiment_models`, `slice_metrics`, `trials` and the routing
+table of one platform, and rewrites that platform's section of the document.
+"""
+
+import json
+import re
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS
+from mtmd_assets.home import Site
+from mtmd_assets.improvement import verdict
+from mtmd_assets.pictures import markdown_table
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
+HEAD = """# Results
+
+Written by `make results PLATFORM=…`, a section a platform; every number is in the tables that the section names.
+"""
+
+
+def write_section(path: Path, site: Site) -> str:
+    """Put a platform's section in its place in the document, and return it."""
+    text = section(site)
+    name = site.platform.name
+    old = path.read_text() if path.exists() else HEAD
+    kept = {m[1]: m[0] for m in re.finditer(r"<!-- (\w+) -->\n.*?<!-- end of \1 -->\n", old, re.DOTALL)}
+    kept[name] = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([HEAD, *(kept[n] for n in sorted(kept))]))
+    return text
+
+
+def section(site: Site) -> str:
+    """A platform's results in Markdown."""
+    with site.warehouse.connect() as con:
+        [(result_id, first, last)] = con.execute(
+            "SELECT DISTINCT result_id, eval_start, eval_end FROM improvements"
+        ).fetchall()
+        parts = [
+            f"## {site.platform.name}",
+            _setting(con, site, result_id, first, last),
+            "### Against the contenders",
+            HOW_TO_READ,
+            headline(con),
+            "### Every cell",
+            _cells(con, site),
+            "### Parameters",
+            _parameters(con, first, last),
+            "### Ablations",
+            _ablations(con),
+            "### Calibration",
+            _calibration(con, first, last),
+            "### Who the routers use",
+            _routing(con, first, last),
+        ]
+        trials = _trials(con)
+        if trials:
+            parts += ["### The search", SEARCH, trials]
+    return "\n\n".join(p for p in parts if p)
+
+
+HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
+the pooled rows of the evaluation days, the mean of the seeds. The mean is unweighted over the cells with at least {MIN_ROWS}
+evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
+simultaneous (max-t) intervals. A bootstrap over three seeds is coarse: where seeds differ more than users, its
+intervals are too short (`mtmd_assets/improvement.py` has the figures)."""
+
+SEARCH = """Mean LogMAE over the cells of the tuning days by trial (`mtmd_assets/tuning.py`): as many for each model, one seed. The best of
+each went into the platform file."""
+
+
+def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date, last: date) -> str:
+    windows = con.execute(
+        "SELECT DISTINCT window_start, window_end FROM experiment_models WHERE ds BETWEEN ? AND ? ORDER BY 1",
+        [first, last],
+    ).fetchall()
+    [(seeds, rows)] = con.execute(
+        "SELECT max(seeds), sum(rows) FILTER (bucket IS NULL AND surface IS NOT NULL AND task = $task AND contender = (SELECT min(contender) FROM improvements)) FROM improvements",
+        {"task": site.platform.task_names[0]},
+    ).fetchall()
+    spans = ", ".join(f"{start} to {end}" for start, end in windows)
+    lines = [
+        f"Result `{result_id}`. Evaluated on {first} to {last} ({rows:,} impressions), each day by models of the window that",
+        f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} seeds.",
+    ]
+    if not site.platform.logs_scores:
+        from mtmd_assets.scoreboard import ranker_auc
+
+        lines += [
+            "",
+            "AUC of the heavyweight ranker that is imitated, against the outcomes:",
+            "",
+            ranker_auc(con, site),
+        ]
+    return "\n".join(lines)
+
+
+def headline(con: "DuckDBPyConnection") -> str:
+    """A row a contender: mean improvement, and how its cells fall."""
+    return _summary(con, CONTENDERS)
+
+
+def _summary(con: "DuckDBPyConnection", models: tuple[str, ...]) -> str:
+    rows: list[list[object]] = []
+    for model in models:
+        found = _rows(con, "contender = $model AND bucket IS NULL", model=model)
+        mean = next((r for r in found if r["surface"] is None and r["task"] is None), None)
+        if mean is None:
+            continue
+        cells = [r for r in found if r["surface"] is not None]
+        family = [r for r in cells if r["rows"] >= MIN_ROWS]
+        verdicts = [verdict(r) for r in family]
+        large = [r for r in cells if r["rows"] >= LARGE_ROWS]
+        worst = min(large, key=lambda r: r["improvement"]) if large else None
+        rows.append(
+            [
+                model,
+                _interval(mean),
+                len(family),
+                sum(r["improvement"] > 0 for r in family),
+                verdicts.count("better"),
+                verdicts.count("worse"),
+                ""
+                if worst is None
+                else f"{worst['improvement']:+.1%} ({worst['surface']} {worst['product']} {worst['task']})",
+            ]
+        )
+    header = [
+        "model",
+        "mean improvement",
+        "cells",
+        "above zero",
+        "better",
+        "worse",
+        f"smallest of the cells with {LARGE_ROWS} rows",
+    ]
+    return markdown_table(header, rows)
+
+
+def _cells(con: "DuckDBPyConnection", site: Site) -> str:
+    """Every slice x task: LogMAE of mtmd, improvement over each contender with its simultaneous interval."""
+    rows: list[list[object]] = []
+    contenders = [c for c in CONTENDERS if _rows(con, "contender = $model AND surface IS NULL", model=c)]
+    found = {
+        (r["contender"], r["surface"], r["product"], r["task"]): r
+        for r in _rows(con, "surface IS NOT NULL AND bucket IS NULL")
+    }
+    for surface, product in site.platform.slices:
+        for task in site.platform.task_names:
+            cells = [found.get((c, surface, product, task)) for c in contenders]
+            if cells and cells[0] is not None:
+                numbers = ["" if c is None else _cell(c) for c in cells]
+                rows.append([surface, product, task, cells[0]["rows"], f"{cells[0]['mtmd']:.4f}", *numbers])
+    header = ["surface", "product", "task", "rows", "mtmd LogMAE", *(f"over {c}" for c in contenders)]
+    return markdown_table(header, rows)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["joint_low"] is None:
+        return f"{row['improvement']:+.1%} (few rows)"
+    mark = {"better": "", "worse": " **worse**", "no clear difference": " ~"}[verdict(row)]
+    return f"{row['improvement']:+.1%} [{row['joint_low']:+.1%}, {row['joint_high']:+.1%}]{mark}"
+
+
+def _parameters(con: "DuckDBPyConnection", first: date, last: date) -> str:
+    rows = con.execute(
+        """SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config)
+        FROM experiment_models WHERE ds BETWEEN ? AND ? GROUP BY model ORDER BY model""",
+        [first, last],
+    ).fetchall()
+    order = {m: n for n, m in enumerate(("mtmd", *CONTENDERS, *ABLATIONS))}
+    table = [
+        [model, f"{embedding:,}", f"{dense:,}", f"{epoch:.1f}", _settings(json.loads(config))]
+        for model, embedding, dense, epoch, config in sorted(rows, key=lambda r: order.get(r[0], 99))
+        if model in ("mtmd", *CONTENDERS)
+    ]
+    return markdown_table(["model", "embedding", "other", "passes kept", "settings"], table)
+
+
+def _settings(config: dict[str, Any]) -> str:
+    widths = config["model"].get("deep") or config["model"].get("widths")
+    return (
+        f"widths {'/'.join(map(str, widths))}, batch {config['batch_size']}, learning rate "
+        f"{config['optimiser']['learning_rate']:g}, weight decay {config['optimiser']['weight_decay']:g}, "
+        f"dropout {config['model']['dropout']:g}"
+    )
+
+
+def _ablations(con: "DuckDBPyConnection") -> str:
+    """What is lost by taking one thing away, by bucket (paper, table 6): mean over the cells."""
+    rows: list[list[object]] = []
+    for model in ABLATIONS:
+        found = {
+            r["bucket"]: r for r in _rows(con, "contender = $model AND surface IS NULL AND task IS NULL", model=model)
+        }
+        if found:
+            buckets = [f"{found[b]['improvement']:+.1%}" if found.get(b) else "" for b in range(5)]
+            rows.append([model, *buckets, _interval(found[None]), found[None]["seeds"]])
+    if not rows:
+        return "None was trained for this result."
+    words = "Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it helps."
+    parts = [words, markdown_table(["without", "0", "1", "2", "3", "4", "all", "seeds"], rows)]
+    per_slice = _rows(con, "contender = 'no_domain_adaptation' AND surface IS NOT NULL AND bucket IS NULL")
+    if per_slice:
+        parts += [
+            "Domain adaptation, by cell:",
+            markdown_table(
+                ["surface", "product", "task", "rows", "improvement"],
+                [[r["surface"], r["product"], r["task"], r["rows"], _cell(r)] for r in per_slice],
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
+    """Sum of probabilities over sum of scores, a slice with enough rows."""
+    rows = con.execute(
+        """SELECT surface, product, task, (count(*) / count(DISTINCT seed))::BIGINT AS rows, sum(probability) / sum(score) AS calibration
+        FROM experiment_predictions WHERE model = 'mtmd' AND ds BETWEEN ? AND ? GROUP BY ALL HAVING rows >= ? ORDER BY ALL""",
+        [first, last, CALIBRATED_ROWS],
+    ).fetchall()
+    inside = sum(0.95 <= r[4] <= 1.05 for r in rows)
+    words = f"Σp̂/Σt of mtmd in the slices with at least {CALIBRATED_ROWS:,} rows: {inside} of {len(rows)} cells within 0.95 to 1.05."
+    table = [[s, p, t, n, f"{c:.3f}"] for s, p, t, n, c in rows]
+    return f"{words}\n\n{markdown_table(['surface', 'product', 'task', 'rows', 'calibration'], table)}"
+
+
+def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:
+    cursor = con.execute(
+        f"""PIVOT (SELECT tower, domain, task, expert, avg(mean_gate) AS gate, avg(entropy) AS entropy, avg(entropy_of_mean) AS of_mean
+            FROM experiment_routing_metrics WHERE ds BETWEEN '{first}' AND '{last}' GROUP BY ALL)
+        ON expert USING first(gate) ORDER BY tower DESC, domain, task"""
+    )
+    header = [c[0] for c in cursor.description]
+    rows = [[f"{v:.3f}" if isinstance(v, float) else v for v in row] for row in cursor.fetchall()]
+    words = "Mean gate by expert; entropy of a row's gates and of the mean gates, in nats (ln 3 = 1.099 is uniform)."
+    return f"{words}\n\n{markdown_table(header, rows)}"
+
+
+def _trials(con: "DuckDBPyConnection") -> str:
+    from mtmd_assets.tuning import ranking
+
+    table = con.sql("FROM trials").pl()
+    return ranking(table) if len(table) else ""
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['improvement']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]"
+
+
+def _rows(con: "DuckDBPyConnection", where: str, **parameters: object) -> list[dict[str, Any]]:
+    return list(con.sql(f"FROM improvements WHERE {where}", params=parameters).pl().iter_rows(named=True))

@@ -1,0 +1,100 @@
+"""`mtmd results` and `mtmd tune`: the experiments of a platform from its logs to `docs/results.md`."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS
+from mtmd_assets.faults import PlatformError
+from mtmd_assets.home import Site
+
+Run = Callable[..., None]
+Step = Callable[[str], AbstractContextManager[None]]
+
+
+def evaluation_days(site: Site) -> list[date]:
+    """The days that results are evaluated on: the last of a log that has ended, else the first that a model can score.
+
+    Raises:
+        PlatformError: fewer days than the platform file asks for, or a tuning day among them.
+    """
+    platform, count = site.platform, site.platform.experiments.days
+    first_scored = platform.first_window_end + timedelta(1)
+    last = platform.end or first_scored + timedelta(count - 1)
+    days = [last - timedelta(n) for n in reversed(range(count))]
+    if days[0] < first_scored:
+        raise PlatformError(
+            f"{platform.name}: experiments.days is {count}, but a model can score {first_scored} to {last} only"
+        )
+    late = [d for d in platform.experiments.tuning_days if d >= days[0]]
+    if late:
+        raise PlatformError(f"{platform.name}: experiments.tuning_days {late[0]} is not before the evaluation days")
+    return days
+
+
+def chosen(names: str) -> list[str]:
+    """Models by name: a comma-separated list, in which `all`, `contenders` and `ablations` stand for many.
+
+    Raises:
+        PlatformError: an unknown name.
+    """
+    groups = {"all": MODELS, "contenders": CONTENDERS, "ablations": tuple(ABLATIONS)}
+    found = [m for name in names.split(",") for m in groups.get(name, (name,))]
+    unknown = [m for m in found if m not in MODELS]
+    if unknown:
+        raise PlatformError(f"--models: {unknown[0]!r} is none of {', '.join([*groups, *MODELS])}")
+    return list(dict.fromkeys(["mtmd", *found]))
+
+
+def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:
+    """Build the days of data that these evaluation days need and that are not there, in one run."""
+    platform = site.platform
+    windows = platform.window(days[0] - timedelta(1))[0]
+    first = platform.start if not platform.logs_scores else windows
+    missing = site.warehouse.missing("joined_examples", max(windows, platform.scored_from), days[-1])
+    if missing:
+        with step(f"build and check the days {first} to {days[-1]}"):
+            run("data", first, days[-1])
+
+
+def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step) -> int:
+    """Train and score every model on every evaluation day, compare them, write the document, print the headline."""
+    from mtmd_assets import results as writer
+
+    days = evaluation_days(site)
+    build_days(site, days, run, step)
+    name = f"{site.platform.name}_experiments"
+    for day in days:
+        with step(f"train {len(models)} models with {site.platform.experiments.seeds} seeds and score {day}"):
+            run("experiments", day, config={"ops": {name: {"config": {"models": list(models)}}}})
+    with step("compare"):
+        run("improvements", days[-1])
+    writer.write_section(document, site)
+    with site.warehouse.connect() as con:
+        print(f"\n{site.platform.name}, {days[0]} to {days[-1]}: improvement of mtmd in LogMAE\n")
+        print(writer.headline(con))
+    print(f"\n{document}   every cell, with intervals")
+    return 0
+
+
+def tune(site: Site, models: Sequence[str], run: Run, step: Step) -> int:
+    """Run the search, publish it as `trials` of the last tuning day, print it."""
+    from mtmd_assets import tuning
+
+    evaluation_days(site)
+    days = site.platform.experiments.tuning_days
+    if days:
+        first = max(site.platform.window(days[0])[0], site.platform.scored_from)
+        if site.warehouse.missing("joined_examples", first, days[-1]):
+            with step(f"build and check the days up to {days[-1]}"):
+                run("data", site.platform.start if not site.platform.logs_scores else first, days[-1])
+    with step(f"try {', '.join(models)}"):
+        table: Any = tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True))
+    with site.warehouse.stage() as stage, site.warehouse.connect() as con:
+        con.register("tried", table)
+        stage.write(con, "trials", days[-1], "FROM tried")
+        stage.publish()
+    print(f"\n{tuning.ranking(table)}")
+    return 0

@@ -1,0 +1,70 @@
+"""Many trainings at a time, each in a process of its own on one thread.
+
+A model of this size spends its time between small matrix products: two of them on a thread each are faster than one
+after the other on two threads, and one thread gives the same numbers on any number of cores.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtmd_model.schema import Schema
+    from mtmd_model.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """The arguments of `mtmd_model.train.train`, and a name for the log."""
+
+    name: str
+    schema: "Schema"
+    train_files: tuple[Path, ...]
+    validation_files: tuple[Path, ...]
+    config: "TrainConfig"
+    folder: Path
+    manifest: Mapping[str, Any]
+
+
+def train_all(jobs: Sequence[TrainJob], workers: int, log: Callable[[str], None]) -> None:
+    """Train every job; `workers` at a time, 0 for one a core. With one worker nothing leaves this process."""
+    workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+    if workers <= 1:
+        for n, job in enumerate(jobs, 1):
+            log(f"{n}/{len(jobs)} {_train(job)}")
+        return
+    # spawned, for a forked copy of a process that has used torch's threads may hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            for n, done in enumerate(as_completed([pool.submit(_train, job) for job in jobs]), 1):
+                log(f"{n}/{len(jobs)} {done.result()}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train(job: TrainJob) -> str:
+    """Train one job; says how it went."""
+    import torch
+
+    from mtmd_assets.model_store import code_version
+    from mtmd_model.train import train
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        manifest = {**job.manifest, "model_version": job.name, "code_version": code_version()}
+        result = train(job.schema, job.train_files, job.validation_files, job.config, job.folder, manifest=manifest)
+    finally:
+        torch.set_num_threads(threads)
+    best = result.history[result.best_epoch]
+    seconds = result.manifest["seconds"]["fit"]
+    return (
+        f"{job.name}: loss {best['validation_loss']:.6f}, LogMAE {best['validation_logmae']:.4f}, "
+        f"epoch {result.best_epoch + 1} of {len(result.history)}, {seconds:.0f} s"
+    )

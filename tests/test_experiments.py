@@ -1,0 +1,289 @@
+"""The experiments at a small size: contenders and ablations trained, scored, compared, written down, and searched."""
+
+import json
+from contextlib import contextmanager
+from datetime import date
+
+import duckdb
+import numpy as np
+import pytest
+
+from mtmd_assets import contenders, study, tuning
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
+from mtmd_assets.faults import PlatformError, Withheld
+from mtmd_assets.home import Home
+from mtmd_assets.training_pool import TrainJob, train_all
+from tests.worlds import Runner, show_failure, small_adworld
+
+DAYS = [date(2026, 1, d) for d in (4, 5)]
+TRAINED = ("mtmd", *CONTENDERS, "no_routing")
+
+
+@contextmanager
+def quiet(title):
+    yield
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """Two evaluation days with two seeds, and the document."""
+    folder = tmp_path_factory.mktemp("experiments")
+    settings = {"days": 2, "seeds": 2, "tuning_days": ["2026-01-03"], "contenders": {"pooled_towers": {"dropout": 0.1}}}
+    file = small_adworld(
+        folder,
+        training={"window_days": 3, "max_epochs": 1, "batch_size": 1024, "accelerator": "cpu"},
+        experiments=settings,
+    )
+    runner = Runner(Home(folder / "home").register(str(file)))
+    runs = []
+
+    def run(job, first, last=None, only=(), config=None):
+        if config is not None:
+            config["ops"]["adworld_experiments"]["config"]["workers"] = 1
+        result = runner.run(job, first, last, only, config)
+        runs.append((job, first, result))
+        assert result.success, show_failure(result)
+
+    document = folder / "docs" / "results.md"
+    assert study.results(runner.site, TRAINED, document, run, quiet) == 0
+    runner.document, runner.runs, runner.run_step = document, runs, run
+    return runner
+
+
+def query(runner, sql, *parameters):
+    with duckdb.connect(str(runner.site.warehouse.database), read_only=True) as con:
+        return con.execute(sql, parameters).fetchall()
+
+
+def test_the_days_that_lack_are_built_then_each_evaluation_day_is_scored(studied):
+    assert [(job, day) for job, day, _ in studied.runs[:4]] == [
+        ("data", date(2026, 1, 1)),
+        ("experiments", DAYS[0]),
+        ("experiments", DAYS[1]),
+        ("improvements", DAYS[1]),
+    ]
+
+
+def test_every_model_is_trained_with_every_seed_on_the_window_before(studied):
+    rows = query(studied, "SELECT ds, model, seed, window_start, window_end FROM experiment_models ORDER BY ALL")
+    starts = {DAYS[0]: date(2026, 1, 1), DAYS[1]: date(2026, 1, 2)}
+    ends = {DAYS[0]: date(2026, 1, 3), DAYS[1]: date(2026, 1, 4)}
+    assert rows == sorted((d, m, s, starts[d], ends[d]) for d in DAYS for m in TRAINED for s in (0, 1))
+
+
+def test_every_model_scores_every_row_with_every_task_of_its_slice(studied):
+    counts = query(
+        studied,
+        "SELECT model, seed, ds, count(*), count(DISTINCT impression_id), min(probability) > 0, max(probability) < 1 "
+        "FROM experiment_predictions GROUP BY ALL",
+    )
+    assert len(counts) == len(TRAINED) * 4
+    for day in DAYS:
+        [(examples,)] = query(studied, "SELECT count(*) FROM joined_examples WHERE ds = ?", day)
+        assert {c[3:] for c in counts if c[2] == day} == {(3 * examples, examples, True, True)}
+
+
+def test_metrics_of_each_seed_are_its_own(studied):
+    [(cells, off)] = query(
+        studied,
+        """SELECT count(*), count(*) FILTER (abs(m.logmae - p.logmae) > 1e-9)
+        FROM experiment_slice_metrics AS m JOIN (
+            SELECT ds, model, seed, surface, product, task, avg(abs(ln(greatest(probability, 1e-6)) - ln(greatest(score, 1e-6)))) AS logmae
+            FROM experiment_predictions GROUP BY ALL
+        ) AS p USING (ds, model, seed, surface, product, task) WHERE m.bucket IS NULL""",
+    )
+    assert (cells, off) == (len(TRAINED) * 2 * 2 * 18, 0)
+    [(smallest, largest)] = query(
+        studied,
+        "SELECT min(n), max(n) FROM (SELECT count(*) AS n FROM experiment_slice_metrics WHERE bucket IS NOT NULL "
+        "GROUP BY ds, model, seed, surface, product, task)",
+    )
+    assert (smallest, largest) == (10, 10)
+
+
+def test_the_view_shows_experiments_beside_the_daily_evaluation(studied):
+    assert {m for (m,) in query(studied, "SELECT DISTINCT model FROM slice_metrics")} == set(TRAINED)
+
+
+def test_improvements_equal_a_computation_by_hand(studied):
+    errors = """SELECT avg(abs(ln(greatest(probability, 1e-6)) - ln(greatest(score, 1e-6)))) FROM experiment_predictions
+        WHERE model = ? AND surface = 'search' AND product = 'standard' AND task = 'gctr' AND seed = ?"""
+    logmae = {m: np.mean([query(studied, errors, m, seed)[0][0] for seed in (0, 1)]) for m in ("mtmd", "slice_towers")}
+    [(improvement, low, high, rows, seeds)] = query(
+        studied,
+        """SELECT improvement, low, high, rows, seeds FROM improvements
+        WHERE contender = 'slice_towers' AND surface = 'search' AND product = 'standard' AND task = 'gctr' AND bucket IS NULL""",
+    )
+    assert improvement == pytest.approx(1 - logmae["mtmd"] / logmae["slice_towers"], rel=1e-9)
+    assert low < improvement < high
+    assert seeds == 2
+    assert (
+        rows
+        == query(
+            studied,
+            "SELECT count(*) FROM joined_examples WHERE surface = 'search' AND product = 'standard' AND ds >= ?",
+            DAYS[0],
+        )[0][0]
+    )
+    assert {c for (c,) in query(studied, "SELECT DISTINCT contender FROM improvements")} == set(TRAINED) - {"mtmd"}
+
+
+def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
+    folders = sorted((studied.site.folder / "experiments").iterdir())
+    before = {f: (f / "model.safetensors").stat().st_mtime_ns for f in folders}
+    config = {"ops": {"adworld_experiments": {"config": {"models": ["mtmd", "no_cross"], "seeds": 2}}}}
+    studied.run_step("experiments", DAYS[1], config=config)
+    assert {f: (f / "model.safetensors").stat().st_mtime_ns for f in before} == before
+    models = {m for (m,) in query(studied, "SELECT DISTINCT model FROM experiment_predictions WHERE ds = ?", DAYS[1])}
+    assert models == {*TRAINED, "no_cross"}
+
+
+def test_a_day_without_its_window_is_withheld(studied):
+    result = studied.run("experiments", date(2026, 1, 20))
+    assert not result.success
+    assert "joined_examples has no 2026-01-17" in show_failure(result) or "2026-01-17" in str(
+        [e.step_failure_data for e in result.all_events if e.is_step_failure]
+    )
+
+
+def test_an_unknown_model_is_refused(studied):
+    config = {"ops": {"adworld_experiments": {"config": {"models": ["mtmd", "transformer"]}}}}
+    result = studied.run("experiments", DAYS[0], config=config)
+    [failure] = [e.step_failure_data for e in result.all_events if e.is_step_failure]
+    assert "transformer" in str(failure.user_failure_data or failure.error)
+    with pytest.raises(PlatformError, match="'transformer' is none of"):
+        study.chosen("mtmd,transformer")
+
+
+def test_the_document_says_what_the_tables_say(studied):
+    text = studied.document.read_text()
+    [(mean,)] = query(
+        studied,
+        "SELECT improvement FROM improvements WHERE contender = 'pooled_towers' AND surface IS NULL AND task IS NULL AND bucket IS NULL",
+    )
+    assert f"| pooled_towers | {mean:+.1%} [" in text
+    assert text.count("| search | shopping |") >= 3
+    assert "| no_routing |" in text
+    for heading in (
+        "Against the contenders",
+        "Every cell",
+        "Parameters",
+        "Ablations",
+        "Calibration",
+        "Who the routers use",
+    ):
+        assert f"### {heading}" in text
+
+
+def test_a_second_writing_replaces_the_section_and_keeps_others(studied):
+    from mtmd_assets.results import write_section
+
+    before = studied.document.read_text()
+    studied.document.write_text(before + "\n<!-- other -->\nkept\n<!-- end of other -->\n")
+    write_section(studied.document, studied.site)
+    text = studied.document.read_text()
+    assert text.count("## adworld") == 1
+    assert "kept" in text
+
+
+def test_tuning_runs_as_many_trials_of_each_and_ranks_them(studied, capsys):
+    changed = {"tuning_days": (date(2026, 1, 3),), "days": 2}
+    experiments = studied.site.platform.experiments.model_copy(update=changed)
+    assert experiments.tuning_days
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "START", {**tuning.START, "max_epochs": 1, "batch_size": 2048})
+        patch.setattr(tuning, "SIZE", dict.fromkeys(tuning.SIZE, "small"))
+        patch.setattr(tuning, "OTHER_SIZE", dict.fromkeys(tuning.SIZE, "small"))
+        patch.setattr(tuning, "SHARED", {"start": {}, "learning rate 1e-3": {"learning_rate": 1e-3}})
+        patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
+        assert study.tune(studied.site, ["mtmd", "pooled_towers"], studied.run_step, quiet) == 0
+    rows = query(studied, "SELECT model, trial, window_start, window_end, logmae FROM trials ORDER BY ALL")
+    assert len(rows) == 6
+    assert {r[2:4] for r in rows} == {(date(2026, 1, 1), date(2026, 1, 3))}
+    assert all(np.isfinite(r[4]) for r in rows)
+    printed = capsys.readouterr().out
+    assert printed.index("| mtmd") < printed.index("| pooled_towers")
+
+
+def test_every_model_has_equally_many_trials():
+    counts = {len(tuning.trials(model)) for model in ("mtmd", *CONTENDERS)}
+    assert len(counts) == 1
+
+
+def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):
+    platform = studied.site.platform
+    late = platform.experiments.model_copy(update={"tuning_days": (DAYS[0],)})
+    site = type(studied.site)(platform.model_copy(update={"experiments": late}), studied.site.folder)
+    with pytest.raises(PlatformError, match="not before the evaluation days"):
+        study.evaluation_days(site)
+    none = platform.experiments.model_copy(update={"tuning_days": ()})
+    site = type(studied.site)(platform.model_copy(update={"experiments": none}), studied.site.folder)
+    with pytest.raises(Withheld, match="tuning_days"):
+        tuning.tune(site, ["mtmd"], 1, print)
+
+
+def test_a_contender_differs_from_mtmd_in_what_the_platform_file_says_only(studied):
+    platform = studied.site.platform
+    ours = train_config(platform, change_of(platform, "mtmd"), 1).to_dict()
+    pooled = train_config(platform, change_of(platform, "pooled_towers"), 1).to_dict()
+    assert pooled["model"]["dropout"] == 0.1
+    for same in ("optimiser", "batch_size", "max_epochs", "patience", "seed", "sample_rate", "gradient_clip"):
+        assert pooled[same] == ours[same], same
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_one_thing_that_it_is_named_after(studied, name):
+    platform = studied.site.platform
+    whole = train_config(platform, change_of(platform, "mtmd"), 0).to_dict()
+    without = train_config(platform, change_of(platform, name), 0).to_dict()
+    flat = {
+        f"{a}.{b}" if isinstance(v, dict) else a: w
+        for a, v in whole.items()
+        for b, w in (v.items() if isinstance(v, dict) else [("", v)])
+    }
+    changed = {
+        f"{a}.{b}" if isinstance(v, dict) else a: w
+        for a, v in without.items()
+        for b, w in (v.items() if isinstance(v, dict) else [("", v)])
+    }
+    different = {k for k in flat if flat[k] != changed[k]}
+    expected = 2 if name == "no_domain_adaptation" else 1
+    assert len(different) == expected, different
+
+
+def test_models_are_known_by_one_name():
+    assert len(set(MODELS)) == len(MODELS)
+    with pytest.raises(ValueError, match="must be one of"):
+        change_of(None, "transformer")
+    assert contenders.CONTENDERS == ("slice_towers", "pooled_towers", "mmoe_dcn")
+
+
+def test_trainings_in_other_processes_give_the_same_weights(studied, tmp_path):
+    platform, warehouse = studied.site.platform, studied.site.warehouse
+    files = [warehouse.path("joined_examples", d) for d in (date(2026, 1, 1), date(2026, 1, 2))]
+
+    def jobs(name):
+        change = change_of(platform, "pooled_towers")
+        return [
+            TrainJob(
+                f"{name}{s}",
+                platform.model_schema,
+                (files[0],),
+                (files[1],),
+                train_config(platform, change, s),
+                tmp_path / f"{name}{s}",
+                {},
+            )
+            for s in (0, 1)
+        ]
+
+    lines: list[str] = []
+    train_all(jobs("alone"), 1, lines.append)
+    train_all(jobs("together"), 2, lines.append)
+    assert len(lines) == 4
+    for s in (0, 1):
+        digests = {
+            json.loads((tmp_path / f"{name}{s}" / "manifest.json").read_text())["tensors_sha256"]
+            for name in ("alone", "together")
+        }
+        assert len(digests) == 1
