@@ -288,13 +288,11 @@ def parse_platform(text: str, file: str) -> Platform:
             within = (other["loc"][: len(error["loc"])] == error["loc"] for other in errors if other is not error)
             if error["type"] == "too_short" and any(within):
                 continue
-            key, received = _key(error["loc"]), error["input"]
             fault = error.get("ctx", {}).get("error")
-            if isinstance(fault, Fault):
-                key = ".".join(k for k in (key, fault.key) if k)
-                received = fault.received
-            problem = error["msg"].removeprefix("Value error, ")
-            problems.append(f"{file}: {key}: {problem} (received {_shown(received)})")
+            if not isinstance(fault, Fault):
+                fault = platform_checks.in_words(error)
+            key = ".".join(k for k in (_key(error["loc"]), fault.key) if k)
+            problems.append(f"{file}: {key}: {fault} (received {_shown(fault.received)})")
         raise PlatformError("\n".join(problems)) from e
 
 

@@ -62,10 +62,11 @@ def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:
 def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step) -> int:
     """Train and score every model on every evaluation day, compare them, write the document, print the headline."""
     from mtmd_assets import results as writer
+    from mtmd_assets.assets.experiments import op_name
 
     days = evaluation_days(site)
     build_days(site, days, run, step)
-    name = f"{site.platform.name}_experiments"
+    name = op_name(site)
     for day in days:
         with step(f"train {len(models)} models with {site.platform.experiments.seeds} seeds and score {day}"):
             run("experiments", day, config={"ops": {name: {"config": {"models": list(models)}}}})

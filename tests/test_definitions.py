@@ -12,6 +12,14 @@ from tests.worlds import small_adworld
 DATA = {"impressions", "heavyweight_scores", "joined_examples", "rejected_rows", "row_counts", "feature_missingness"}
 MODELS = {"models", "predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings"}
 
+EXPERIMENTS = {
+    "experiment_models",
+    "experiment_predictions",
+    "experiment_slice_metrics",
+    "experiment_routing_metrics",
+    "improvements",
+}
+
 
 def test_one_location_serves_every_registered_platform(tmp_path):
     home = Home(tmp_path)
@@ -19,8 +27,8 @@ def test_one_location_serves_every_registered_platform(tmp_path):
     definitions = build_definitions(home)
     dg.Definitions.validate_loadable(definitions)
     keys = {k.to_user_string() for k in definitions.resolve_all_asset_keys()}
-    assert keys == {f"adworld/{t}" for t in DATA | MODELS} | {
-        f"kuairand/{t}" for t in DATA | MODELS | {"heavyweight_ranker"}
+    assert keys == {f"adworld/{t}" for t in DATA | MODELS | EXPERIMENTS} | {
+        f"kuairand/{t}" for t in DATA | MODELS | EXPERIMENTS | {"heavyweight_ranker"}
     }
     repository = definitions.get_repository_def()
     assert {s.name for s in repository.schedule_defs} == {"adworld_every_day", "kuairand_every_day"}
@@ -34,9 +42,15 @@ def test_data_and_model_jobs_share_no_asset(tmp_path):
     definitions = build_definitions(Home(tmp_path))
     selected = {
         j: {k.path[-1] for k in definitions.resolve_job_def(f"adworld_{j}").asset_layer.selected_asset_keys}
-        for j in ("data", "models", "daily")
+        for j in ("data", "models", "daily", "experiments", "improvements")
     }
-    assert selected == {"data": DATA, "models": MODELS, "daily": DATA | MODELS}
+    assert selected == {
+        "data": DATA,
+        "models": MODELS,
+        "daily": DATA | MODELS,
+        "experiments": EXPERIMENTS - {"improvements"},
+        "improvements": {"improvements"},
+    }
 
 
 def test_a_changed_adworld_takes_the_place_of_the_shipped_one(tmp_path):

@@ -39,7 +39,7 @@ def studied(tmp_path_factory):
 
     def run(job, first, last=None, only=(), config=None):
         if config is not None:
-            config["ops"]["adworld_experiments"]["config"]["workers"] = 1
+            config["ops"]["adworld_train_and_score"]["config"]["workers"] = 1
         result = runner.run(job, first, last, only, config)
         runs.append((job, first, result))
         assert result.success, show_failure(result)
@@ -131,7 +131,7 @@ def test_improvements_equal_a_computation_by_hand(studied):
 def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
     folders = sorted((studied.site.folder / "experiments").iterdir())
     before = {f: (f / "model.safetensors").stat().st_mtime_ns for f in folders}
-    config = {"ops": {"adworld_experiments": {"config": {"models": ["mtmd", "no_cross"], "seeds": 2}}}}
+    config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd", "no_cross"], "seeds": 2}}}}
     studied.run_step("experiments", DAYS[1], config=config)
     assert {f: (f / "model.safetensors").stat().st_mtime_ns for f in before} == before
     models = {m for (m,) in query(studied, "SELECT DISTINCT model FROM experiment_predictions WHERE ds = ?", DAYS[1])}
@@ -147,7 +147,7 @@ def test_a_day_without_its_window_is_withheld(studied):
 
 
 def test_an_unknown_model_is_refused(studied):
-    config = {"ops": {"adworld_experiments": {"config": {"models": ["mtmd", "transformer"]}}}}
+    config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd", "transformer"]}}}}
     result = studied.run("experiments", DAYS[0], config=config)
     [failure] = [e.step_failure_data for e in result.all_events if e.is_step_failure]
     assert "transformer" in str(failure.user_failure_data or failure.error)

@@ -67,7 +67,7 @@ def impressions(ids, products=None, surfaces=None):
     return pl.DataFrame(
         {
             "impression_id": ids,
-            "request_id": ["r"] * n,
+            "request_id": [f"r{k}" for k in range(n)],
             "user_id": ["u"] * n,
             "item_id": ["a"] * n,
             "ts": [NOON] * n,

@@ -68,7 +68,7 @@ def experiment_assets(site: Site) -> list[dg.AssetsDefinition]:
     group = f"{platform.name}_experiments"
 
     @dg.multi_asset(
-        name=group,
+        name=op_name(site),
         specs=[
             dg.AssetSpec(
                 asset_key(platform, table),
@@ -116,6 +116,11 @@ def experiment_assets(site: Site) -> list[dg.AssetsDefinition]:
             raise dg.Failure(str(e), allow_retries=False) from e
 
     return [experiments, improvements]
+
+
+def op_name(site: Site) -> str:
+    """The step that takes an `ExperimentConfig`; a job's name would be taken."""
+    return f"{site.platform.name}_train_and_score"
 
 
 def run_experiments(

@@ -78,6 +78,8 @@ def scored_day_assets(
             for table, description in tables.items()
         ],
         check_specs=checks,
+        # with this a check may stay away, as the tables may (on days that no model can score yet)
+        can_subset=True,
         partitions_def=daily_partitions(platform),
         backfill_policy=dg.BackfillPolicy.multi_run(1),
     )
@@ -96,9 +98,20 @@ def scored_day_assets(
             raise dg.Failure(str(e), allow_retries=False) from e
         with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
             create_evaluated(con, platform, site.warehouse, day)
-            yield from build(ScoredDay(site, day, record, model, con, stage))
+            # all are published together, whatever was asked for
+            for result in build(ScoredDay(site, day, record, model, con, stage)):
+                if _selected(context, result):
+                    yield result
 
     return scored_day
+
+
+def _selected(context: dg.AssetExecutionContext, result: Result) -> bool:
+    if isinstance(result, dg.MaterializeResult):
+        return result.asset_key in context.selected_asset_keys
+    assert result.asset_key is not None
+    assert result.check_name is not None
+    return dg.AssetCheckKey(result.asset_key, result.check_name) in context.selected_asset_check_keys
 
 
 def _model_of(site: Site, day: date) -> "tuple[ModelRecord, Predictor]":
