@@ -32,7 +32,7 @@ class TrainJob:
 
 def train_all(jobs: Sequence[TrainJob], workers: int, log: Callable[[str], None]) -> None:
     """Train every job; `workers` at a time, 0 for one a core. With one worker nothing leaves this process."""
-    workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+    workers = min(len(jobs), workers or _cores())
     if workers <= 1:
         for n, job in enumerate(jobs, 1):
             log(f"{n}/{len(jobs)} {_train(job)}")
@@ -46,6 +46,11 @@ def train_all(jobs: Sequence[TrainJob], workers: int, log: Callable[[str], None]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so (not on a Mac)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _train(job: TrainJob) -> str:
