@@ -33,7 +33,8 @@ def heat_map(
     from matplotlib.figure import Figure
 
     grid = np.array([[values.get((r, c), np.nan) for c in columns] for r in rows])
-    figure = Figure(figsize=(2.4 + 1.1 * len(columns), 1 + 0.34 * len(rows)), layout="constrained")
+    width = max(1.1, 0.1 * max(map(len, columns), default=0))
+    figure = Figure(figsize=(2.4 + width * len(columns), 1 + 0.34 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="viridis_r", aspect="auto")
     middle = np.nanmean([np.nanmin(grid), np.nanmax(grid)]) if np.isfinite(grid).any() else 0
