@@ -73,7 +73,7 @@ simultaneous (max-t) intervals. A bootstrap over three seeds is coarse: where se
 intervals are too short (`mtmd_assets/improvement.py` has the figures)."""
 
 SEARCH = """Mean LogMAE over the cells of the tuning days by trial (`mtmd_assets/tuning.py`): as many for each model, one seed. The best of
-each went into the platform file."""
+each went into the platform file. What the search leaves out: [experiments.md](experiments.md)."""
 
 
 def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date, last: date) -> str:

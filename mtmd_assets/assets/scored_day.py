@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from mtmd_assets import model_store
-from mtmd_assets.assets.common import asset_key, daily_partitions
+from mtmd_assets.assets.common import asset_key, daily_partitions, table_specs
 from mtmd_assets.assets.training import verify_window
 from mtmd_assets.assets.waiting import TRAINING_PATIENCE, waiting
 from mtmd_assets.faults import Withheld
@@ -66,17 +66,7 @@ def scored_day_assets(
 
     @dg.multi_asset(
         name=f"{platform.name}_{name}",
-        specs=[
-            dg.AssetSpec(
-                asset_key(platform, table),
-                deps=deps,
-                description=description,
-                group_name=platform.name,
-                kinds={"duckdb", "parquet"},
-                skippable=True,
-            )
-            for table, description in tables.items()
-        ],
+        specs=table_specs(platform, tables, deps),
         check_specs=checks,
         # with this a check may stay away, as the tables may (on days that no model can score yet)
         can_subset=True,
