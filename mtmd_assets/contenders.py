@@ -96,6 +96,7 @@ def train_config(platform: Platform, change: Change | None = None, seed: int | N
             deviation=t.deviation,
         ),
         sample_rate=change.sample_rate,
+        slice_balance=t.slice_balance,
         batch_size=t.batch_size,
         max_epochs=t.max_epochs,
         patience=t.patience,

@@ -283,6 +283,8 @@ class Training(Frozen):
     dropout: Number = Field(0.0, ge=0, lt=1)
     deviation: Number | None = Field(0.1, ge=0)
     """How fast a domain's expert leaves the one common to all, as a share of the learning rate; null: unrelated."""
+    slice_balance: Number = Field(0.0, ge=0, le=1)
+    """How far small slices are weighed up in the loss: 0 not at all, 1 until all slices count alike."""
     seed: Seed = 0
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -292,10 +294,12 @@ class Contender(Frozen):
     """What differs from `training` for a contender."""
 
     preset: Literal["small", "half", "paper"] | None = None
+    max_epochs: Integer | None = Field(None, gt=0)
     batch_size: Integer | None = Field(None, gt=0)
     learning_rate: Number | None = Field(None, gt=0)
     weight_decay: Number | None = Field(None, ge=0)
     dropout: Number | None = Field(None, ge=0, lt=1)
+    slice_balance: Number | None = Field(None, ge=0, le=1)
     experts: Integer | None = Field(None, gt=0)
     """Of a tower of `mmoe_dcn`."""
 

@@ -85,7 +85,7 @@ def tune(site: Site, models: Sequence[str], run: Run, step: Step) -> int:
     from mtmd_assets import tuning
 
     evaluation_days(site)
-    days = site.platform.experiments.tuning_days
+    days = sorted(site.platform.experiments.tuning_days)
     if days:
         first = max(site.platform.window(days[0])[0], site.platform.scored_from)
         if site.warehouse.missing("joined_examples", first, days[-1]):

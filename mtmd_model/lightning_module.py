@@ -77,9 +77,10 @@ class RankerModule(L.LightningModule):
     Args:
         model: any two-tower ranker.
         optimiser: AdamW and its learning rate.
+        slice_factor_SP: (S, P) factors of the rows' weights in the losses (`slice_balance`); 1 if None.
     """
 
-    def __init__(self, model: TwoTower, optimiser: OptimiserConfig) -> None:
+    def __init__(self, model: TwoTower, optimiser: OptimiserConfig, slice_factor_SP: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
         self.optimiser = optimiser
@@ -88,7 +89,9 @@ class RankerModule(L.LightningModule):
         schema = model.schema
         weights = torch.tensor([t.weight for t in schema.tasks])
         slices = len(schema.surfaces) * len(schema.products)
+        factor_S = torch.ones(slices) if slice_factor_SP is None else slice_factor_SP.flatten().float()
         self.register_buffer("task_weight_T", weights, persistent=False)
+        self.register_buffer("slice_factor_S", factor_S, persistent=False)
         # sums over the epoch stay on the device: a number asked for at every step would stall it
         self.register_buffer("train_sum", torch.zeros(2, dtype=torch.float64), persistent=False)
         self.register_buffer("slice_sum", torch.zeros(2, slices, dtype=torch.float64), persistent=False)
@@ -96,6 +99,7 @@ class RankerModule(L.LightningModule):
         self.register_buffer("cell_sum", cells, persistent=False)
 
     task_weight_T: Tensor
+    slice_factor_S: Tensor
     train_sum: Tensor
     slice_sum: Tensor
     """Loss times weight, and weight, of each slice."""
@@ -103,8 +107,9 @@ class RankerModule(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The batch's loss, a scalar."""
-        loss = kl_loss(self.model(batch).float(), batch.labels, batch.weight, self.task_weight_T)
-        weight = batch.weight.sum()
+        weight_B = batch.weight * self.slice_factor_S[self._slice(batch)]
+        loss = kl_loss(self.model(batch).float(), batch.labels, weight_B, self.task_weight_T)
+        weight = weight_B.sum()
         self.train_sum += torch.stack([loss.detach() * weight, weight])
         return loss
 
@@ -122,9 +127,10 @@ class RankerModule(L.LightningModule):
         weight_B1 = weight_B[:, None]
         loss_B = kl_divergence(z_BT, t_BT) @ self.task_weight_T.double()
         error_BT = (F.logsigmoid(z_BT).clamp_min(math.log(FLOOR)) - t_BT.clamp_min(FLOOR).log()).abs()
-        slice_B = batch.query.domain * len(self.model.schema.products) + batch.item.domain
-        self.slice_sum[0].index_add_(0, slice_B, loss_B * weight_B)
-        self.slice_sum[1].index_add_(0, slice_B, weight_B)
+        slice_B = self._slice(batch)
+        in_loss_B = weight_B * self.slice_factor_S[slice_B]
+        self.slice_sum[0].index_add_(0, slice_B, loss_B * in_loss_B)
+        self.slice_sum[1].index_add_(0, slice_B, in_loss_B)
         self.cell_sum[0].index_add_(0, slice_B, torch.where(exists_BT, error_BT, 0) * weight_B1)
         self.cell_sum[1].index_add_(0, slice_B, exists_BT * weight_B1)
 
@@ -135,6 +141,10 @@ class RankerModule(L.LightningModule):
         loss, weight = self.slice_sum.sum(1)
         self.log("validation_loss", loss / weight, prog_bar=True)
         self.log("validation_logmae", cell_logmae.mean(), prog_bar=True)
+
+    def _slice(self, batch: Batch) -> Tensor:
+        """(B,) the number of each row's slice."""
+        return batch.query.domain * len(self.model.schema.products) + batch.item.domain
 
     def slice_loss(self, slices: Sequence[tuple[int, int]]) -> float:
         """The last validation loss of some slices, given by the numbers of surface and product; NaN without rows."""

@@ -11,6 +11,7 @@ Reference: Evgeniou and Pontil, Regularized multi-task learning, KDD 2004, https
 (section 2: w_t = w_0 + v_t).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,62 +105,112 @@ class PartialPooling(torch.optim.Optimizer):
         return loss
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Where a domain's parameter lies in the flat common layout."""
+
+    parameter: nn.Parameter
+    start: int
+    shape: tuple[int, ...]
+    """Of the whole, with the entries that this domain lacks."""
+    picks: tuple[tuple[int, Tensor], ...]
+    """Dimension -> the entries along it that this domain has, where it lacks some."""
+
+    def whole(self, flat: Tensor) -> Tensor:
+        """Its place in a flat tensor, as a view of the whole's shape."""
+        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+    def take(self, flat: Tensor) -> Tensor:
+        """The parameter's entries of a flat tensor."""
+        value = self.whole(flat)
+        for dim, index in self.picks:
+            value = value.index_select(dim, index)
+        return value
+
+    def put(self, flat: Tensor, value: Tensor) -> None:
+        """Write the parameter's entries into a flat tensor."""
+        _put(self.whole(flat), self.picks, value)
+
+
+def _put(target: Tensor, picks: Sequence[tuple[int, Tensor]], value: Tensor) -> None:
+    if not picks:
+        target.copy_(value)
+        return
+    (dim, index), *others = picks
+    if others:
+        inner = target.index_select(dim, index)
+        _put(inner, others, value)
+        value = inner
+    target.index_copy_(dim, index, value)
+
+
 class _Block:
-    """Some parameters of a tower's domains, flat: the common ones, and each domain's deviations."""
+    """Some parameters of a tower's domains in one flat layout: the common ones, and each domain's deviations.
+
+    The deviations have the whole layout; entries that a domain lacks get no gradient and stay zero. So all arithmetic
+    runs over contiguous memory, and what a domain lacks costs a gather of whole rows.
+    """
 
     def __init__(self, domains: Sequence[Domain]) -> None:
-        self.parameters = [[c.parameter for c in d.values()] for d in domains]
-        device = next(p.device for parameters in self.parameters for p in parameters)
-        indices = [{name: c.indices() for name, c in d.items()} for d in domains]
-        start, places = 0, [dict[str, Tensor]() for _ in domains]
+        device = next(c.parameter.device for d in domains for c in d.values())
+        self.parts: list[list[_Part]] = [[] for _ in domains]
+        size = 0
         for name in dict.fromkeys(name for d in domains for name in d):
-            have = [(place, found[name]) for place, found in zip(places, indices, strict=True) if name in found]
-            shape = [max(int(i.max()) + 1 for i in axis) for axis in zip(*(i for _, i in have), strict=True)]
-            for place, index in have:
-                place[name] = start + _flat(index, shape)
-            start += int(torch.tensor(shape).prod())
-        ordered = [[place[name] for name in d] for d, place in zip(domains, places, strict=True)]
-        self.places = [torch.cat(p).to(device) if p else torch.zeros(0, dtype=torch.long) for p in ordered]
-        # a domain that lacks nothing has the common layout itself: no gather, which would cost as much as the model
-        self.whole = [torch.equal(place, torch.arange(start, device=place.device)) for place in self.places]
+            indices = [d[name].indices() if name in d else None for d in domains]
+            axes = zip(*(i for i in indices if i is not None), strict=True)
+            # entries that no domain has, say of a feature that is key nowhere, have no place
+            used = [torch.cat(axis).unique() for axis in axes]
+            shape = tuple(len(entries) for entries in used)
+            for d, parts, index in zip(domains, self.parts, indices, strict=True):
+                if index is not None:
+                    places = [torch.searchsorted(entries, i) for entries, i in zip(used, index, strict=True)]
+                    picks = [
+                        (dim, place.to(device))
+                        for dim, place in enumerate(places)
+                        if not torch.equal(place, torch.arange(shape[dim]))
+                    ]
+                    parts.append(_Part(d[name].parameter, size, shape, tuple(picks)))
+            size += math.prod(shape)
+        self.complete = [
+            sum(part.parameter.numel() for part in parts) == size and not any(part.picks for part in parts)
+            for parts in self.parts
+        ]
         with torch.no_grad():
-            common = torch.zeros(start, device=device)
+            common = torch.zeros(size, device=device)
             # the first domain that has an entry decides where all start
-            for parameters, flat in reversed(list(zip(self.parameters, self.places, strict=True))):
-                if parameters:
-                    common[flat] = torch.cat([p.flatten() for p in parameters])
+            for part in (part for parts in reversed(self.parts) for part in parts):
+                part.put(common, part.parameter)
         self.common = nn.Parameter(common)
-        self.deviations = [nn.Parameter(torch.zeros(len(place), device=device)) for place in self.places]
+        self.deviations = [nn.Parameter(torch.zeros(size if parts else 0, device=device)) for parts in self.parts]
+        self.gradients = [torch.zeros_like(deviation) for deviation in self.deviations]
+        # room for the sum of the gradients, and after the step for a domain's values
+        self.room = torch.empty_like(common)
 
+    @torch.no_grad()
     def read_gradients(self) -> None:
         """delta_d's gradient is its domain's, theta_0's the sum of all."""
-        total: Tensor | None = None
-        for d, (parameters, deviation) in enumerate(zip(self.parameters, self.deviations, strict=True)):
+        self.common.grad = None
+        domains = zip(self.parts, self.complete, self.deviations, self.gradients, strict=True)
+        for parts, complete, deviation, gradient in domains:
             deviation.grad = None
-            if any(p.grad is not None for p in parameters):
-                parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
-                deviation.grad = torch.cat(parts)
-                total = torch.zeros_like(self.common) if total is None else total
-                if self.whole[d]:
-                    total += deviation.grad
-                else:
-                    total.index_add_(0, self.places[d], deviation.grad)
-        self.common.grad = total
+            if all(part.parameter.grad is None for part in parts):
+                continue
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in (part.parameter for part in parts)]
+            if complete:
+                torch.cat([g.flatten() for g in found], out=gradient)
+            else:
+                for part, g in zip(parts, found, strict=True):
+                    part.put(gradient, g)
+            deviation.grad = gradient
+            if self.common.grad is None:
+                self.common.grad = self.room.copy_(gradient)
+            else:
+                self.common.grad += gradient
 
     @torch.no_grad()
     def write(self) -> None:
         """Each domain's parameters become theta_0 + delta_d."""
-        for d, (parameters, deviation) in enumerate(zip(self.parameters, self.deviations, strict=True)):
-            if parameters:
-                common = self.common if self.whole[d] else self.common[self.places[d]]
-                sums = (common + deviation).split([p.numel() for p in parameters])
-                for p, value in zip(parameters, sums, strict=True):
-                    p.copy_(value.view_as(p))
-
-
-def _flat(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Row-major places of the grid of these indices in an array of this shape, as one vector."""
-    flat = torch.zeros(1, dtype=torch.long)
-    for index, size in zip(indices, shape, strict=True):
-        flat = (flat[:, None] * size + index).flatten()
-    return flat
+        for parts, deviation in zip(self.parts, self.deviations, strict=True):
+            if parts:
+                sums = torch.add(self.common, deviation, out=self.room)
+                torch._foreach_copy_([part.parameter for part in parts], [part.take(sums) for part in parts])

@@ -24,6 +24,7 @@ from mtmd_model.encoder import fit_encoder
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
 from mtmd_model.predict import Predictor
 from mtmd_model.schema import Schema
+from mtmd_model.slice_balance import slice_factors, slice_weights
 from mtmd_model.two_tower import count_parameters
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
@@ -45,6 +46,8 @@ class TrainConfig:
     """AdamW and its learning rate."""
     sample_rate: float = 1.0
     """Share of the training rows to learn from, drawn by the seed; validation takes all."""
+    slice_balance: float = 0.0
+    """How far small slices are weighed up in the loss (`slice_balance`): 0 not at all, 1 until all count alike."""
     batch_size: int = 4096
     """Largest number of rows of a batch."""
     max_epochs: int = 12
@@ -69,6 +72,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate!r}")
+        if not 0 <= self.slice_balance <= 1:
+            raise ValueError(f"slice_balance must be in [0, 1], got {self.slice_balance!r}")
         if not 0 <= self.gradient_clip < math.inf:
             raise ValueError(f"gradient_clip must be 0 or more, got {self.gradient_clip!r}")
         if self.accelerator not in ("auto", "cpu", "gpu"):
@@ -147,7 +152,8 @@ def train(
         torch.manual_seed(config.seed)
         model = build(config.architecture, encoder, config.model)
         model.bias.set(slice_logits(data.window, encoder, model.constrained))
-        module = RankerModule(model, config.optimiser)
+        weight_SP = slice_weights(data.window, len(schema.surfaces), len(schema.products))
+        module = RankerModule(model, config.optimiser, slice_factors(weight_SP, config.slice_balance))
         best = _BestEpoch(on_epoch)
         stop = EarlyStopping("validation_loss", patience=config.patience, check_finite=False)
         trainer = L.Trainer(

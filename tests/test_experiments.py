@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 
 import duckdb
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from mtmd_assets import contenders, study, tuning
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Home
+from mtmd_assets.platform import shipped_platform
 from mtmd_assets.training_pool import TrainJob, train_all
 from tests.worlds import Runner, show_failure, small_adworld
 
@@ -28,7 +30,12 @@ def quiet(title):
 def studied(tmp_path_factory):
     """Two evaluation days with two seeds, and the document."""
     folder = tmp_path_factory.mktemp("experiments")
-    settings = {"days": 2, "seeds": 2, "tuning_days": ["2026-01-03"], "contenders": {"pooled_towers": {"dropout": 0.1}}}
+    settings = {
+        "days": 2,
+        "seeds": 2,
+        "tuning_days": ["2026-01-02", "2026-01-03"],
+        "contenders": {"pooled_towers": {"dropout": 0.1}},
+    }
     file = small_adworld(
         folder,
         training={"window_days": 3, "max_epochs": 1, "batch_size": 1024, "accelerator": "cpu"},
@@ -187,27 +194,34 @@ def test_a_second_writing_replaces_the_section_and_keeps_others(studied):
 
 
 def test_tuning_runs_as_many_trials_of_each_and_ranks_them(studied, capsys):
-    changed = {"tuning_days": (date(2026, 1, 3),), "days": 2}
-    experiments = studied.site.platform.experiments.model_copy(update=changed)
-    assert experiments.tuning_days
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "START", {**tuning.START, "max_epochs": 1, "batch_size": 2048})
-        patch.setattr(tuning, "SIZE", dict.fromkeys(tuning.SIZE, "small"))
-        patch.setattr(tuning, "OTHER_SIZE", dict.fromkeys(tuning.SIZE, "small"))
-        patch.setattr(tuning, "SHARED", {"start": {}, "learning rate 1e-3": {"learning_rate": 1e-3}})
+        small = {"max_epochs": 1, "batch_size": 2048, "preset": "small"}
+        both = {"start": Change("mtmd", training=small), "other": Change("mtmd", training={**small, "dropout": 0.5})}
+        of_model = {m: {n: replace(c, architecture=m) for n, c in both.items()} for m in ("mtmd", "pooled_towers")}
+        patch.setattr(tuning, "trials", lambda platform, model: of_model[model])
+        patch.setattr(tuning, "FINALISTS", 1)
         patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
         assert study.tune(studied.site, ["mtmd", "pooled_towers"], studied.run_step, quiet) == 0
     rows = query(studied, "SELECT model, trial, window_start, window_end, logmae FROM trials ORDER BY ALL")
-    assert len(rows) == 6
-    assert {r[2:4] for r in rows} == {(date(2026, 1, 1), date(2026, 1, 3))}
-    assert all(np.isfinite(r[4]) for r in rows)
+    assert len(rows) == 6, "two trials of each model on the last tuning day, the better one on the other"
+    for model in ("mtmd", "pooled_towers"):
+        last = {r[1]: r[4] for r in rows if (r[0], r[3]) == (model, date(2026, 1, 3))}
+        assert np.isfinite(list(last.values())).all()
+        [finalist] = [r[1] for r in rows if (r[0], r[3]) == (model, date(2026, 1, 2))]
+        assert len(last) == 2
+        assert last[finalist] == min(last.values())
+    assert {r[2] for r in rows} == {date(2026, 1, 1)}
     printed = capsys.readouterr().out
     assert printed.index("| mtmd") < printed.index("| pooled_towers")
 
 
-def test_every_model_has_equally_many_trials():
-    counts = {len(tuning.trials(model)) for model in ("mtmd", *CONTENDERS)}
-    assert len(counts) == 1
+@pytest.mark.parametrize("preset", tuning.PRESETS)
+def test_every_model_has_equally_many_trials_and_all_differ(preset):
+    adworld = shipped_platform("adworld")
+    platform = adworld.model_copy(update={"training": adworld.training.model_copy(update={"preset": preset})})
+    for model in ("mtmd", *CONTENDERS):
+        configs = {str(contenders.train_config(platform, c)) for c in tuning.trials(platform, model).values()}
+        assert len(configs) == len(tuning.trials(platform, model)) == 10
 
 
 def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):

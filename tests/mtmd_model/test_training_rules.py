@@ -273,6 +273,26 @@ def test_the_training_step_is_the_weighted_kl_by_hand(encoder: Encoder):
     assert module.train_sum.tolist() == pytest.approx([loss * 7.5, 7.5])
 
 
+def test_slice_factors_multiply_the_rows_weights_in_both_losses(encoder: Encoder):
+    """And leave LogMAE, a mean over cells, as it is."""
+    plain, batch = module_of(encoder).eval(), encoder.encode(examples(200))
+    factor_SP = torch.arange(1.0, 7.0).view(3, 2)
+    factored = RankerModule(plain.model, OptimiserConfig(), factor_SP).eval()
+    weighted = replace(batch, weight=batch.weight * factor_SP[batch.query.domain, batch.item.domain])
+    logged: list[dict[str, float]] = []
+    for module, rows in ((factored, batch), (plain, weighted), (plain, batch)):
+        found: dict[str, float] = {}
+        module.log = lambda name, value, into=found, **_: into.update({name: value.item()})  # type: ignore[method-assign]
+        with torch.no_grad():
+            found["train_loss"] = module.training_step(rows, 0).item()
+            module.on_validation_epoch_start()
+            module.validation_step(rows, 0)
+            module.on_validation_epoch_end()
+        logged.append(found)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-6)
+    assert logged[0]["validation_loss"] != pytest.approx(logged[2]["validation_loss"], rel=1e-2)
+
+
 def test_validation_logmae_is_the_mean_over_cells(encoder: Encoder):
     module = module_of(encoder).eval()
     # below the floor: the model's cvr in one slice, labels in another
