@@ -6,7 +6,7 @@ override export Q := $(value Q)
 BIN := .venv/bin
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help demo test lint ui sql scoreboard results tune clean
+.PHONY: help demo test lint ui sql scoreboard results tune bench clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -37,6 +37,9 @@ results: .venv/ready ## MTMD against its contenders, into docs/results.md: MODEL
 
 tune: .venv/ready ## The search behind the settings of MTMD and its contenders
 	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG)
+
+bench: .venv/ready ## Speed and memory beside limits and peers: ONLY=feed,step for some of it
+	@$(BIN)/python -m benchmarks.bench $(if $(ONLY),--only "$(ONLY)")
 
 clean: ## Remove the environment; the home (.mtmd) stays
 	rm -rf .venv

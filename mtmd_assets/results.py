@@ -72,8 +72,9 @@ evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *bet
 simultaneous (max-t) intervals. A bootstrap over three seeds is coarse: where seeds differ more than users, its
 intervals are too short (`mtmd_assets/improvement.py` has the figures)."""
 
-SEARCH = """Mean LogMAE over the cells of the tuning days by trial (`mtmd_assets/tuning.py`): as many for each model, one seed. The best of
-each went into the platform file. What the search leaves out: [experiments.md](experiments.md)."""
+SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trials for each model on the last
+tuning day, the best three of each on the others too; one seed. The best mean of each went into the platform file. What
+the search leaves out: [experiments.md](experiments.md)."""
 
 
 def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date, last: date) -> str:

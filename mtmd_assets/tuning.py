@@ -49,7 +49,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "rows weighed alike": {"slice_balance": 0.0},
     "slices weighed alike": {"slice_balance": 1.0},
 }
-"""Trials of every model, by what they change. Three more are of its own: see `trials`."""
+"""Trials of every model, by what they change; three more are in `trials`."""
 
 
 def trials(platform: Platform, model: str) -> dict[str, Change]:

@@ -3,7 +3,7 @@
 Shapes: N rows, F dense features, C categorical features, T tasks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mtmd_model.batch import Batch, TowerInput
 from mtmd_model.schema import Feature, Schema, Side
@@ -24,8 +23,8 @@ from mtmd_model.vocabulary import Vocabulary, canonical, distinct
 
 DOMAIN_COLUMN: Mapping[Side, str] = {"query": "surface", "item": "product"}
 WEIGHT = "weight"
-READ_ROWS = 1 << 18
-"""Rows read from a file at a time."""
+READ_ROWS = 1 << 15
+"""Rows read and encoded at a time: their columns fit a processor's cache, in which they become rows."""
 
 
 def score_column(task: str) -> str:
@@ -52,7 +51,18 @@ class Encoder:
         names = [*DOMAIN_COLUMN.values(), *(f.name for f in self.schema.features)]
         return list(dict.fromkeys(names + ([*scores, WEIGHT] if labels else [])))
 
-    def encode(self, table: pa.Table, labels: bool = True) -> Batch:
+    def empty(self, rows: int) -> Batch:
+        """As many rows, to be filled by `encode`."""
+        query, item = (self._empty_side(rows, side) for side in DOMAIN_COLUMN)
+        return Batch(query, item, torch.empty(rows, len(self.schema.tasks)), torch.empty(rows))
+
+    def _empty_side(self, rows: int, side: Side) -> TowerInput:
+        kinds = [f.kind for f in self.schema.side(side)]
+        dense = torch.empty(rows, kinds.count("dense"))
+        ids = torch.empty(rows, kinds.count("categorical"), dtype=torch.int32)
+        return TowerInput(dense, ids, torch.empty(rows, dtype=torch.int64))
+
+    def encode(self, table: pa.Table, labels: bool = True, out: Batch | None = None) -> Batch:
         """Both towers' inputs, labels and weights of a table's rows.
 
         A label is NaN where it is null, or where the task does not exist in the row's slice. Without a column
@@ -60,47 +70,53 @@ class Encoder:
 
         Args:
             labels: if not, no `score_` column is read, and every label is NaN.
+            out: as many rows, to be filled and returned; new ones if None.
 
         Raises:
             ValueError: a missing column, an unknown surface or product, a label outside [0, 1], a negative or
                 null weight, or a column of a type that cannot be read as what the platform says it is.
         """
-        query, item = self.encode_side(table, "query"), self.encode_side(table, "item")
-        label_NT = torch.full((table.num_rows, len(self.schema.tasks)), float("nan"))
-        weight_N = torch.ones(table.num_rows)
+        # numpy throughout: a feed encodes in a thread of its own, where torch would start another team of threads
+        out = self.empty(table.num_rows) if out is None else out
+        query, item = self.encode_side(table, "query", out.query), self.encode_side(table, "item", out.item)
+        label_NT, weight_N = out.labels.numpy(), out.weight.numpy()
+        label_NT.fill(np.nan)
+        weight_N.fill(1)
         if labels:
             for t, task in enumerate(self.schema.tasks):
-                label_NT[:, t] = torch.from_numpy(_score(table, score_column(task.name)))
-            label_NT[~self._exists_TSP[:, query.domain, item.domain].T] = float("nan")
+                label_NT[:, t] = _score(table, score_column(task.name))
+            exists_NT = self._exists_SPT[query.domain.numpy(), item.domain.numpy()]
+            np.copyto(label_NT, np.nan, where=~exists_NT)
             if WEIGHT in table.column_names:
                 weight = to_float(table[WEIGHT], WEIGHT)
                 if np.isnan(weight).any() or (weight < 0).any():
                     raise ValueError(f"{WEIGHT!r} must not be negative, null or infinite")
-                weight_N = torch.from_numpy(weight)
-        return Batch(query, item, label_NT, weight_N)
+                weight_N[:] = weight
+        return out
 
-    def encode_side(self, table: pa.Table, side: Side) -> TowerInput:
+    def encode_side(self, table: pa.Table, side: Side, out: TowerInput | None = None) -> TowerInput:
         """One tower's input of a table's rows; the other side's columns need not be there.
+
+        Args:
+            out: as in `encode`.
 
         Raises:
             ValueError: as `encode`.
         """
         features = self.schema.side(side)
         wanted = [DOMAIN_COLUMN[side], *(f.name for f in features)]
-        missing = [name for name in wanted if name not in table.column_names]
+        given = table.column_names
+        missing = [name for name in wanted if name not in given]
         if missing:
-            raise ValueError(f"the table lacks the columns {missing}; it has {table.column_names}")
-        dense = [self._dense(table, f) for f in features if f.kind == "dense"]
-        ids = [self._ids(table, f) for f in features if f.kind == "categorical"]
-        n = table.num_rows
-        return TowerInput(
-            torch.from_numpy(np.stack(dense, 1) if dense else np.zeros((n, 0), np.float32)),
-            torch.from_numpy(np.stack(ids, 1) if ids else np.zeros((n, 0), np.int32)),
-            self._domains(table, side),
-        )
-
-    def _dense(self, table: pa.Table, feature: Feature) -> NDArray[np.float32]:
-        return to_float(table[feature.name], feature.name, feature.log1p)
+            raise ValueError(f"the table lacks the columns {missing}; it has {given}")
+        out = self._empty_side(table.num_rows, side) if out is None else out
+        dense_NF, ids_NC = out.dense.numpy(), out.ids.numpy()
+        for n, f in enumerate(f for f in features if f.kind == "dense"):
+            dense_NF[:, n] = to_float(table[f.name], f.name, f.log1p)
+        for n, f in enumerate(f for f in features if f.kind == "categorical"):
+            ids_NC[:, n] = self._ids(table, f)
+        out.domain.numpy()[:] = self._domains(table, side)
+        return out
 
     def _ids(self, table: pa.Table, feature: Feature) -> NDArray[np.int32]:
         try:
@@ -108,8 +124,8 @@ class Encoder:
         except ValueError as error:
             raise ValueError(f"column {feature.name!r}: {error}") from None
 
-    def _domains(self, table: pa.Table, side: Side) -> Tensor:
-        """(N,) int64 index of each row's surface or product."""
+    def _domains(self, table: pa.Table, side: Side) -> NDArray[np.int64]:
+        """(N,) index of each row's surface or product."""
         name, known = DOMAIN_COLUMN[side], self.schema.domains(side)
         uniques, index = distinct(table[name])
         strings = canonical(uniques).to_pylist()
@@ -117,11 +133,11 @@ class Encoder:
         if unknown or (index < 0).any():
             raise ValueError(f"{name} must be one of {list(known)}, got {unknown or [None]}")
         place = np.array([known.index(s) for s in strings], np.int64)
-        return torch.from_numpy(place[index] if len(place) else np.zeros(0, np.int64))
+        return place[index] if len(place) else np.zeros(0, np.int64)
 
     @cached_property
-    def _exists_TSP(self) -> Tensor:
-        return existing_slices(self.schema)
+    def _exists_SPT(self) -> NDArray[np.bool_]:
+        return np.ascontiguousarray(existing_slices(self.schema).permute(1, 2, 0).numpy())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form without the schema; `from_dict` reads it back."""
@@ -159,15 +175,32 @@ def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
     return Encoder(schema, vocabularies)
 
 
-def read_tables(files: Iterable[str | Path], columns: Sequence[str]) -> Iterable[pa.Table]:
-    """The files' rows in order, at most `READ_ROWS` at a time; columns that a file lacks are left out.
-
-    Opened one by one: a dataset would read the hive folder's `ds` into the table.
-    """
+def read_tables(files: Iterable[str | Path], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The files' rows in order, at most `READ_ROWS` at a time; columns that a file lacks are left out."""
     for path in files:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(READ_ROWS, columns=list(columns)):
-                yield pa.Table.from_batches([batch])
+        yield from _read(path, None, columns)
+
+
+def group_sizes(path: str | Path) -> list[int]:
+    """Rows of each row group of a file."""
+    footer = pq.read_metadata(path)
+    return [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+
+
+def read_group(path: str | Path, number: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of one row group, as `read_tables`."""
+    return _read(path, [number], columns)
+
+
+def _read(path: str | Path, groups: Sequence[int] | None, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Opened one by one: a dataset would read the hive folder's `ds` into the table."""
+    footer = pq.read_metadata(path)
+    stored = {footer.schema.column(n).path for n in range(footer.num_columns)}
+    # text as the codes that the file has anyway: no value is copied row by row
+    coded = [name for name in columns if name in stored]
+    with pq.ParquetFile(path, metadata=footer, read_dictionary=coded) as file:
+        for batch in file.iter_batches(READ_ROWS, groups, list(columns)):
+            yield pa.Table.from_batches([batch])
 
 
 def to_float(column: pa.ChunkedArray, name: str, log1p: bool = False) -> NDArray[np.float32]:
@@ -176,13 +209,16 @@ def to_float(column: pa.ChunkedArray, name: str, log1p: bool = False) -> NDArray
     Raises:
         ValueError: a type that is not a number.
     """
-    x = _numbers(column, name)
-    if log1p:
-        x = np.sign(x) * np.log1p(np.abs(x))
-    with np.errstate(over="ignore"):
-        out = x.astype(np.float32)
-    out[~np.isfinite(out)] = np.nan
-    return out
+    if pa.types.is_float32(column.type) and not log1p:
+        out = column.to_numpy()
+    else:
+        x = _numbers(column, name)
+        if log1p:
+            x = np.copysign(np.log1p(np.abs(x)), x)
+        with np.errstate(over="ignore"):
+            out = x.astype(np.float32)
+    infinite = np.isinf(out)
+    return np.where(infinite, np.float32("nan"), out) if infinite.any() else out
 
 
 def _numbers(column: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
@@ -201,7 +237,7 @@ def _numbers(column: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
         raise ValueError(f"column {name!r} must hold numbers, got {kind}")
     if pa.types.is_uint64(kind) or pa.types.is_int64(kind):
         column = pc.cast(column, pa.float64(), safe=False)
-    return np.array(column.cast(pa.float64()).to_numpy(), np.float64)
+    return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
 
 
 def _score(table: pa.Table, name: str) -> NDArray[np.float32]:

@@ -93,7 +93,7 @@ class GroupedFFN(nn.Module):
         self, experts: int, d_in: int, widths: Sequence[int], d_out: int | None = None, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.experts, self.dropout = experts, dropout
         inputs = (d_in, *widths[:-1])
         self.linears = nn.ModuleList(GroupedLinear(experts, i, o) for i, o in zip(inputs, widths, strict=True))
         self.norms = nn.ModuleList(GroupedLayerNorm(experts, o) for o in widths)
@@ -101,10 +101,33 @@ class GroupedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, d_in) -> (E, B, widths[-1] or d_out)."""
+        if x.device.type == "cpu":
+            return self._one_by_one(x)
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = F.leaky_relu(norm(linear(x)), SLOPE, inplace=True)
             x = F.dropout(x, self.dropout, self.training)
         return x if self.out is None else self.out(x)
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        """The same on a CPU: a product of one expert fills it, and what lies in its cache is normalised there."""
+        x_E = list(x.unbind()) if x.dim() == 3 else [x] * self.experts
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            assert isinstance(linear, GroupedLinear)
+            assert isinstance(norm, GroupedLayerNorm)
+            parts = (linear.weight, linear.bias, norm.weight, norm.bias)
+            layer_E = zip(*(p.unbind() for p in parts), strict=True)
+            x_E = [_layer(x, *layer) for x, layer in zip(x_E, layer_E, strict=True)]
+            x_E = [F.dropout(x, self.dropout, self.training) for x in x_E]
+        if self.out is not None:
+            out_E = zip(self.out.weight.unbind(), self.out.bias.unbind(), strict=True)
+            x_E = [torch.addmm(bias, x, weight) for x, (weight, bias) in zip(x_E, out_E, strict=True)]
+        return torch.stack(x_E)
+
+
+def _layer(x_BD: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """LeakyReLU(LayerNorm(x W + b)) of one expert."""
+    normed = F.layer_norm(torch.addmm(bias, x_BD, weight), gain.shape[-1:], gain[0], shift[0])
+    return F.leaky_relu(normed, SLOPE, inplace=True)
 
 
 def short_projection(d_in: int, width: int) -> nn.Linear:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +50,9 @@ class TrainConfig:
     """How far small slices are weighed up in the loss (`slice_balance`): 0 not at all, 1 until all count alike."""
     batch_size: int = 4096
     """Largest number of rows of a batch."""
+    block_rows: int | None = None
+    """Rows held in memory at a time, twice, with the window left in its files (`feed.StreamFeed`): for one that does
+    not fit. None holds the whole window and shuffles all of it."""
     max_epochs: int = 12
     """Passes over the window, at most; the cosine ends here."""
     patience: int = 3
@@ -70,6 +73,8 @@ class TrainConfig:
         for name in ("batch_size", "max_epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
+        if self.block_rows is not None and self.block_rows < self.batch_size:
+            raise ValueError(f"block_rows must be None or at least batch_size, got {self.block_rows!r}")
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate!r}")
         if not 0 <= self.slice_balance <= 1:
@@ -139,20 +144,20 @@ def train(
     started = time.perf_counter()
     hashes = {f: checkpoint.file_hash(f) for f in [*train_files, *validation_files]}
     encoder = fit_encoder(schema, train_files)
-    data = WindowData(encoder, train_files, validation_files, config.batch_size, config.seed)
-    for f, digest in hashes.items():
-        if checkpoint.file_hash(f) != digest:
-            raise RuntimeError(f"{f} changed while it was read: train again")
+    data = WindowData(encoder, train_files, validation_files, config.batch_size, config.seed, config.block_rows)
+    _check_unchanged(hashes)
     data.sample(config.sample_rate)
-    _check_labels(data.window, "training")
+    _check_labels(data.blocks(data.window), "training")
     if data.validation is not None:
-        _check_labels(data.validation, "validation")
+        _check_labels(data.blocks(data.validation), "validation")
     loaded = time.perf_counter()
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(config.seed)
         model = build(config.architecture, encoder, config.model)
-        model.bias.set(slice_logits(data.window, encoder, model.constrained))
-        weight_SP = slice_weights(data.window, len(schema.surfaces), len(schema.products))
+        weight_SP = torch.zeros(len(schema.surfaces), len(schema.products), dtype=torch.float64)
+        # one pass for both: the window may lie in its files
+        blocks = (_weigh(block, weight_SP) for block in data.blocks(data.window))
+        model.bias.set(slice_logits(blocks, encoder, model.constrained))
         module = RankerModule(model, config.optimiser, slice_factors(weight_SP, config.slice_balance))
         best = _BestEpoch(on_epoch)
         stop = EarlyStopping("validation_loss", patience=config.patience, check_finite=False)
@@ -171,6 +176,8 @@ def train(
             enable_progress_bar=config.progress_bar,
         )
         trainer.fit(module, datamodule=data)
+    if config.block_rows is not None:
+        _check_unchanged(hashes)
     model.to("cpu")
     if best.weights is not None:
         model.load_state_dict(best.weights)
@@ -207,8 +214,19 @@ def resolve_accelerator(name: str) -> Literal["cpu", "cuda"]:
     return "cuda" if cuda and name != "cpu" else "cpu"
 
 
-def _check_labels(window: Batch, name: str) -> None:
-    if not (~window.labels.isnan().all(1) & (window.weight > 0)).any():
+def _check_unchanged(hashes: Mapping[str | Path, str]) -> None:
+    for f, digest in hashes.items():
+        if checkpoint.file_hash(f) != digest:
+            raise RuntimeError(f"{f} changed while it was read: train again")
+
+
+def _weigh(block: Batch, weight_SP: Tensor) -> Batch:
+    weight_SP += slice_weights(block, *weight_SP.shape)
+    return block
+
+
+def _check_labels(blocks: Iterable[Batch], name: str) -> None:
+    if not any((~block.labels.isnan().all(1) & (block.weight > 0)).any() for block in blocks):
         raise ValueError(f"no {name} row has both a label and a weight above zero")
 
 

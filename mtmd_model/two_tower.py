@@ -24,8 +24,8 @@ from mtmd_model.slice_bias import SliceBias
 class TwoTower(nn.Module):
     """logit of P(task | given) = query vector . item vector, and nothing else.
 
-    A subclass has a `bias` of the slices and implements `embed_query` and `embed_item`; one whose vectors depend on both sides' domains
-    (a tower pair a slice) overrides `embed` too.
+    A subclass implements `embed_query` and `embed_item`; one whose vectors depend on both sides' domains (a tower pair
+    a slice) overrides `embed` instead.
 
     Args:
         schema: domains, tasks and features.
@@ -40,12 +40,20 @@ class TwoTower(nn.Module):
         self.bias = SliceBias(schema)
 
     def embed_query(self, query: TowerInput) -> dict[str, Tensor]:
-        """Task -> (B, D), the vectors to store; needs no item."""
-        raise NotImplementedError
+        """Task -> (B, D), the vectors to store; needs no item.
+
+        Raises:
+            NotImplementedError: a model whose vectors depend on both sides' domains.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a query vector a product: score whole rows")
 
     def embed_item(self, item: TowerInput) -> dict[str, Tensor]:
-        """Task -> (B, D), the vectors to store; needs no query."""
-        raise NotImplementedError
+        """Task -> (B, D), the vectors to store; needs no query.
+
+        Raises:
+            NotImplementedError: as `embed_query`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has an item vector a surface: score whole rows")
 
     def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Both sides' vectors of the same rows."""

@@ -80,7 +80,7 @@ def distinct(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, NDArray[np.i
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+        return _distinct_codes(column)
     if _is_text(column.type):
         column = column.cast(pa.large_string())
     if pa.types.is_null(column.type):
@@ -91,6 +91,18 @@ def distinct(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, NDArray[np.i
         raise ValueError(f"a column of type {column.type} holds no categories") from error
     index = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return encoded.dictionary, index.astype(np.int64)
+
+
+def _distinct_codes(column: pa.DictionaryArray) -> tuple[pa.Array, NDArray[np.int64]]:
+    """`distinct` of a column that is stored as codes: of the dictionary's values, those that occur."""
+    # one more place, for the code -1 of a missing value; a dictionary may hold null, or a value twice
+    values, place = distinct(column.dictionary)
+    code = pc.fill_null(column.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+    index = np.append(place, -1)[code]
+    occurs = np.zeros(len(values) + 1, np.bool_)
+    occurs[index] = True
+    renumbered = np.append(np.cumsum(occurs[:-1]) - 1, -1)
+    return values.filter(pa.array(occurs[:-1])), renumbered[index]
 
 
 def canonical(values: pa.Array) -> pa.Array:

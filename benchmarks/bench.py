@@ -1,0 +1,106 @@
+"""Every benchmark in one table, each figure beside a limit or a peer measured in the same run.
+
+make bench                                       # sizes for a laptop, a few minutes
+python -m benchmarks.bench --only feed,step      # some of them
+python -m benchmarks.bench --large               # the sizes that the goals speak of
+
+Prints the machine, then a table; writes it to `bench.json` in the home folder. What each figure is: docs/benchmarks.md.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import Figure
+from mtmd_assets.home import Home
+
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "lake": {"growth": 10, "days": 30, "backfill_rows": 1_000_000},
+    "feed": {"rows": 2_000_000},
+    "memory": {"rows_a_day": 200_000, "block_rows": 262_144},
+    "step": {"steps": 20, "repetitions": 5},
+    "peers": {"rows": 1_000_000},
+    "serving": {},
+}
+"""The modules, and what `--large` calls their `figures` with."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"subjects with commas between, of {','.join(SUBJECTS)}")
+    parser.add_argument("--large", action="store_true", help="the sizes that the goals speak of")
+    options = parser.parse_args()
+    subjects = options.only.split(",") if options.only else list(SUBJECTS)
+    unknown = set(subjects) - set(SUBJECTS)
+    if unknown:
+        parser.error(f"--only takes {','.join(SUBJECTS)}, got {','.join(sorted(unknown))}")
+
+    print(machine())
+    found: list[Figure] = []
+    for subject in subjects:
+        start = time.perf_counter()
+        figures = importlib.import_module(f"benchmarks.{subject}").figures(**SUBJECTS[subject] if options.large else {})
+        print(f"\n{subject} ({time.perf_counter() - start:.0f} s)\n{table(figures)}", flush=True)
+        found += figures
+    missed = sum(f.holds is False for f in found)
+    print(f"\n{sum(f.holds is True for f in found)} goals hold, {missed} do not")
+    print(write(found))
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    models = (
+        [line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "pyarrow", "polars", "duckdb"))
+    load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return "\n".join(
+        [
+            f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}",
+            f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}",
+            f"{torch.get_num_threads()} torch threads, {load} when it began",
+        ]
+    )
+
+
+def table(figures: list[Figure]) -> str:
+    """A line a figure, in aligned columns."""
+    rows = [
+        (f.name, "-" if math.isnan(f.value) else f"{f.value:,.3g} {f.unit}", f.goal, _holds(f), f.reference)
+        for f in figures
+    ]
+    widths = [max(len(row[n]) for row in rows) for n in range(4)]
+    lines = ("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def _holds(figure: Figure) -> str:
+    return {True: "holds", False: "DOES NOT HOLD", None: ""}[figure.holds]
+
+
+def write(figures: list[Figure]) -> Path:
+    """A list of objects in the home folder; a value that was not measured is null."""
+    path = Home().root / "bench.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [{**asdict(f), "value": None if math.isnan(f.value) else f.value} for f in figures]
+    path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The model's step beside the machine's matrix product, its own training loop beside the bare step.
+
+The paper preset, 60 features, batches of 4,096 rows, fp32.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import synthetic
+from benchmarks.figures import Figure, alternating
+from mtmd_model.architectures import build
+from mtmd_model.batch import Batch
+from mtmd_model.feed import Feed
+from mtmd_model.lightning_module import OptimiserConfig, RankerModule
+from mtmd_model.mtmd import MTMD, MTMDConfig
+from mtmd_model.schema import Schema
+from mtmd_model.towers import Tower
+from mtmd_model.train import TrainConfig, train
+from mtmd_model.two_tower import TwoTower, count_parameters
+
+BATCH = 4096
+GEMM = 2048
+"""Columns and depth of the matrix product: (BATCH, GEMM) by (GEMM, GEMM)."""
+
+
+def figures(steps: int = 4, repetitions: int = 3, preset: str = "paper") -> list[Figure]:
+    """The loop, the arithmetic and the domains.
+
+    Args:
+        steps: batches of an epoch of the training loop.
+        repetitions: runs of each side, in turn; medians count.
+        preset: of the model.
+    """
+    config = MTMDConfig.preset(preset)
+    return [*_loop(config, steps, repetitions), *_arithmetic(config, repetitions), *_domains(config, repetitions)]
+
+
+def _loop(config: MTMDConfig, steps: int, repetitions: int) -> list[Figure]:
+    """Epochs of `train`, in turn with as many bare steps on batches that lie ready."""
+    schema, rows = synthetic.platform(), steps * BATCH
+    bare = Step(schema, config)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = synthetic.write_days(schema, Path(folder), 1, rows)
+        for name, block_rows in (("in memory", None), ("streamed", 2 * BATCH)):
+            turns = _Turns(bare, steps)
+            options = TrainConfig(model=config, max_epochs=repetitions + 1, block_rows=block_rows, accelerator="cpu")
+            train(schema, files, [], options, Path(folder) / "model", turns)
+            ratio = statistics.median(turns.ratios)
+            reference = f"the bare step: {rows / statistics.median(turns.alone):,.0f} rows/s"
+            found.append(Figure.at_least(f"training loop and feed, {name}", ratio, "of the bare step", reference, 0.95))
+    return found
+
+
+class _Turns:
+    """Called as an epoch ends, takes as many bare steps, so that each epoch stands between two runs of them."""
+
+    def __init__(self, step: "Step", steps: int) -> None:
+        self.step, self.steps, self.last = step, steps, 0.0
+        self.alone = list[float]()
+        self.ratios = list[float]()
+
+    def __call__(self, entry: object) -> None:
+        start = time.perf_counter()
+        epoch = start - self.last
+        for _ in range(self.steps):
+            self.step()
+        self.last = time.perf_counter()
+        self.alone.append(self.last - start)
+        if len(self.alone) > 1:  # the first epoch warms up
+            self.ratios.append((self.alone[-2] + self.alone[-1]) / 2 / epoch)
+
+
+def _arithmetic(config: MTMDConfig, repetitions: int) -> list[Figure]:
+    """6 x active dense parameters x rows a second, beside fp32 GEMM: two products backward for each one forward."""
+    step = Step(synthetic.platform(), config)
+    a, b = torch.randn(BATCH, GEMM), torch.randn(GEMM, GEMM)
+    own, gemm = alternating(step, lambda: a @ b, repetitions=2 * repetitions)
+    peak = 2 * BATCH * GEMM * GEMM / gemm
+    rate = 6 * active_parameters(step.model) * BATCH / own
+    reference = (
+        f"GEMM {peak / 1e9:.0f} GFLOP/s; step {rate / 1e9:.0f}, {BATCH / own:,.0f} rows/s, "
+        f"{active_parameters(step.model) / 1e6:.2f} M active dense parameters"
+    )
+    return [Figure.at_least("arithmetic of the bare step", rate / peak, "of the fp32 GEMM rate", reference, 0.6)]
+
+
+def _domains(config: MTMDConfig, repetitions: int) -> list[Figure]:
+    """The step with many domains over that with two, of the same rows."""
+    two, twenty, modules = ((2, 1), (5, 4), (10, 10))
+    steps = [Step(synthetic.platform(*shape), config) for shape in (two, twenty, modules)]
+    base, *others = alternating(*steps, repetitions=repetitions)
+    names = ("20 ad domains (5 surfaces x 4 products) over 2", "20 domain experts (10 surfaces, 10 products) over 3")
+    reference = f"2 surfaces x 1 product: {BATCH / base:,.0f} rows/s"
+    return [
+        Figure.at_most(f"step with {name}", other / base, "x", reference, 1.2)
+        for name, other in zip(names, others, strict=True)
+    ]
+
+
+class Step:
+    """The bare training step, as `train` takes it: loss, gradients, clipping, optimiser, learning rate.
+
+    Args:
+        schema: of `synthetic.platform`.
+        config: of the model.
+        rows: of the one batch.
+    """
+
+    def __init__(self, schema: Schema, config: MTMDConfig, rows: int = BATCH) -> None:
+        torch.manual_seed(0)
+        encoder, window = synthetic.window(schema, rows)
+        self.model = build("mtmd", encoder, config)
+        self.batch: Batch = next(iter(Feed(window, encoder, rows)))
+        self.module = RankerModule(self.model, OptimiserConfig())
+        # what `configure_optimizers` asks a Trainer for
+        self.module.trainer = SimpleNamespace(precision="32-true", estimated_stepping_batches=1000)  # type: ignore[assignment]
+        made = self.module.configure_optimizers()
+        self.optimiser: torch.optim.Optimizer = made["optimizer"]
+        self.schedule: Any = made["lr_scheduler"]["scheduler"]
+
+    def __call__(self, batch: Batch | None = None) -> Tensor:
+        """One step, on the one batch unless another is given; the loss."""
+        self.optimiser.zero_grad()
+        loss = self.module.training_step(batch or self.batch, 0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        return loss.detach()
+
+
+def active_parameters(model: TwoTower) -> float:
+    """Dense parameters that one row meets: its surface's and its product's modules and what all share, no embeddings."""
+    assert isinstance(model, MTMD)
+    active = float(count_parameters(model)["dense"])
+    for tower in (model.query_tower, model.item_tower):
+        counts = [_parameters(tower, domain) for domain in range(len(tower.domains))]
+        active += sum(counts) / len(counts) - sum(counts)
+    return active
+
+
+def _parameters(tower: Tower, domain: int) -> int:
+    """Of a domain's own modules."""
+    return sum(c.parameter.numel() for c in tower.counterparts()[domain].values())
