@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import synthetic
 from benchmarks.figures import Figure, alternating
+from mtmd_model.allocator import keep_freed_memory
 from mtmd_model.architectures import build
 from mtmd_model.batch import Batch
 from mtmd_model.feed import Feed
@@ -115,6 +116,7 @@ class Step:
     """
 
     def __init__(self, schema: Schema, config: MTMDConfig, rows: int = BATCH) -> None:
+        keep_freed_memory()
         torch.manual_seed(0)
         encoder, window = synthetic.window(schema, rows)
         self.model = build("mtmd", encoder, config)

@@ -6,10 +6,12 @@ rows, missing, missing_rate, min_rate, max_rate, passed.
 
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import polars as pl
+    from great_expectations import ValidationDefinition
 
 _KEY = ("surface", "product", "feature")
 
@@ -93,30 +95,10 @@ def _failures(rows: "pl.DataFrame") -> tuple[Failure, ...]:
 
 
 def _expectations(measured: "pl.DataFrame") -> tuple[set[tuple[str, str, str]], dict[str, Any]]:
-    """Great Expectations' verdict: which (surface, product, feature) it refuses, and its statistics.
-
-    Two expectations over the whole table take 0.05 s where one a rule takes seconds.
-    """
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # Read at import.
-    import great_expectations as gx  # Takes seconds: only runs that check pay for it.
-    from great_expectations.data_context.types.base import ProgressBarsConfig
-    from great_expectations.expectations import ExpectColumnPairValuesAToBeGreaterThanB as AtLeast
-
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    """Great Expectations' verdict: which (surface, product, feature) it refuses, and its statistics."""
     # A slice without rows has no rate: NaN, which fails both comparisons.
     frame = measured.select(*_KEY, "missing_rate", "min_rate", "max_rate").to_pandas()
-    asset = context.data_sources.add_pandas("lake").add_dataframe_asset("feature_contract")
-    pairs = (("missing_rate", "min_rate"), ("max_rate", "missing_rate"))
-    suite = gx.ExpectationSuite(
-        name="feature_contract",
-        expectations=[AtLeast(column_A=a, column_B=b, or_equal=True, ignore_row_if="neither") for a, b in pairs],
-    )
-    context.suites.add(suite)
-    data = asset.add_batch_definition_whole_dataframe("day")
-    validation = gx.ValidationDefinition(name="feature_contract", data=data, suite=suite)
-    context.validation_definitions.add(validation)
-    verdict = validation.run(
+    verdict = _validation().run(
         batch_parameters={"dataframe": frame},
         result_format={"result_format": "COMPLETE", "unexpected_index_column_names": list(_KEY)},
     )
@@ -128,6 +110,32 @@ def _expectations(measured: "pl.DataFrame") -> tuple[set[tuple[str, str, str]], 
     if verdict.success == bool(refused):
         raise RuntimeError(f"Great Expectations: success is {verdict.success}, yet it lists {len(refused)} failures")
     return refused, dict(verdict.statistics)
+
+
+@cache
+def _validation() -> "ValidationDefinition":
+    """The contract as a suite of Great Expectations; made once a process, as making it costs more than a day's check.
+
+    Two expectations over the whole table take 0.05 s where one a rule takes seconds.
+    """
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # Read at import.
+    import great_expectations as gx  # Takes seconds: only runs that check pay for it.
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+    from great_expectations.expectations import ExpectColumnPairValuesAToBeGreaterThanB as AtLeast
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    asset = context.data_sources.add_pandas("lake").add_dataframe_asset("feature_contract")
+    pairs = (("missing_rate", "min_rate"), ("max_rate", "missing_rate"))
+    suite = gx.ExpectationSuite(
+        name="feature_contract",
+        expectations=[AtLeast(column_A=a, column_B=b, or_equal=True, ignore_row_if="neither") for a, b in pairs],
+    )
+    context.suites.add(suite)
+    data = asset.add_batch_definition_whole_dataframe("day")
+    validation = gx.ValidationDefinition(name="feature_contract", data=data, suite=suite)
+    context.validation_definitions.add(validation)
+    return validation
 
 
 def _expected(f: Failure) -> str:

@@ -99,12 +99,13 @@ def prepare_join(
     history = "FROM history" if platform.history_days else "SELECT impression_id FROM impressions_of_day WHERE false"
     con.execute(f"CREATE OR REPLACE TEMP TABLE history_of_day AS {history}")
     con.execute(sql.text("sampling"))
+    con.execute(f"CREATE OR REPLACE TEMP MACRO example_weight() AS {1 / rate!r}::DOUBLE")
     lateness = timedelta(hours=platform.join.lateness_hours)
     con.execute(sql.text("score_verdicts"), {"lateness": lateness, "sample_rate": rate})
-    con.execute(sql.text("impression_verdicts"), {"sample_rate": rate})
+    con.execute(sql.text("unjoined_impressions"))
     limit = platform.join.max_rejected
-    _check_share(con, "heavyweight_scores", "score_verdicts", SCORE_FAULTS, limit, warehouse, day)
-    _check_share(con, "impressions", "impression_verdicts", UNSCORED, limit, warehouse, day)
+    _check_share(con, "scores_of_day", "score_verdicts", SCORE_FAULTS, limit, warehouse, day)
+    _check_share(con, "impressions_of_day", "unjoined_impressions", UNSCORED, limit, warehouse, day)
     con.execute(f"CREATE OR REPLACE TEMP VIEW joined AS {sql.text('joined_examples')}")
 
 
@@ -242,16 +243,18 @@ def _create_slice_tasks(con: "duckdb.DuckDBPyConnection", platform: Platform) ->
 
 def _check_share(
     con: "duckdb.DuckDBPyConnection",
-    table: str,
+    received: str,
     verdicts: str,
     faults: tuple[str, ...],
     limit: float,
     warehouse: Warehouse,
     day: date,
 ) -> None:
-    """Refuse the day if too large a share of a table's rows has one of the reasons `faults`."""
+    """Refuse the day if too large a share of the rows `received` has one of the reasons `faults` in `verdicts`."""
+    table = _INPUTS[received]
     counts = dict(con.execute(f"SELECT reason, count(*) FROM {verdicts} GROUP BY ALL ORDER BY 2 DESC, 1").fetchall())
-    rows = sum(n for reason, n in counts.items() if reason not in TURNED_AWAY)
+    rows = con.execute(f"SELECT count(*) FROM {received}").fetchall()[0][0]
+    rows -= sum(counts.get(reason, 0) for reason in TURNED_AWAY)
     found = {reason: n for reason, n in counts.items() if reason in faults}
     if sum(found.values()) > limit * rows:
         what = "lack a valid score" if table == "impressions" else "are invalid or of no impression"

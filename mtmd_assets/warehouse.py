@@ -22,6 +22,7 @@ from mtmd_assets.processes import alive, this_process
 from mtmd_assets.tables import Columns
 
 if TYPE_CHECKING:
+    import polars as pl
     from duckdb import DuckDBPyConnection
 
 SCHEMA_DAY = date(1, 1, 1)
@@ -36,6 +37,8 @@ DERIVED_VIEWS = {
 """Views over the tables' own views, `sql/<name>.sql`, in order, each with the table it needs."""
 
 _COPY = "(FORMAT parquet, COMPRESSION zstd)"
+_ROW_GROUP = 122_880
+"""Rows of a row group, DuckDB's own number."""
 
 _BESIDE = "beside/"
 """The part of a stage's folder that holds what is no table's, each file at its place in the platform's folder."""
@@ -81,10 +84,7 @@ class Warehouse:
     def columns(self, table: str, day: date) -> list[tuple[str, str]]:
         """Name and DuckDB type of each column of a published day, in order."""
         with self._connect() as con:
-            described = con.execute(
-                "DESCRIBE FROM read_parquet($file, hive_partitioning = false)", {"file": str(self.path(table, day))}
-            )
-            return [(name, kind) for name, kind, *_ in described.fetchall()]
+            return _columns(con, self.path(table, day))
 
     def missing(self, table: str, first: date, last: date) -> list[date]:
         """The days first..last that are not published."""
@@ -230,7 +230,8 @@ class Stage(Warehouse):
 
     def connect(self) -> "DuckDBPyConnection":
         """As of a warehouse; staged days show in the views."""
-        con = super().connect()
+        con = self._connect()  # `create` has been called: this stage lies in its folders
+        con.execute(self._views())
         for path in self.draft.glob("*.parquet"):
             con.execute(self._with_staged(*_table_and_day(path.name)))
         return con
@@ -244,6 +245,25 @@ class Stage(Warehouse):
         columns = ", ".join(f"{c}::{t} AS {c}" for c, t in self.tables[table].items())
         path = self._staged(table, day)
         con.execute(f"COPY (SELECT {columns} FROM ({query})) TO {sql.quoted(path)} {_COPY}", parameters)
+        con.execute(self._with_staged(table, day))
+        return path
+
+    def write_frame(self, con: "DuckDBPyConnection", table: str, day: date, frame: "pl.DataFrame") -> Path:
+        """Stage a frame as one day of a table, its columns picked by name.
+
+        For vectors, which Polars writes four times as fast as DuckDB does; other columns read faster from `write`.
+
+        Raises:
+            TypeError: if a column has not the table's type; nothing is staged then.
+        """
+        path, wanted = self._staged(table, day), self.tables[table]
+        frame.select(list(wanted)).write_parquet(path, compression="zstd", row_group_size=_ROW_GROUP)
+        odd = [
+            (*have, want) for have, want in zip(_columns(con, path), wanted.values(), strict=True) if have[1] != want
+        ]
+        if odd:
+            path.unlink()
+            raise TypeError(f"{table} of {day}: (column, type, expected type) {odd}")
         con.execute(self._with_staged(table, day))
         return path
 
@@ -323,6 +343,12 @@ class Stage(Warehouse):
         published = self._view(table, self.tables[table]).removesuffix(";")
         staged = f"SELECT {columns}, DATE '{day}' FROM read_parquet({sql.quoted(self._staged(table, day))})"
         return f"{published} WHERE ds <> DATE '{day}' UNION ALL {staged}"
+
+
+def _columns(con: "DuckDBPyConnection", file: Path) -> list[tuple[str, str]]:
+    """Name and DuckDB type of each column of a Parquet file, in order."""
+    described = con.execute("DESCRIBE FROM read_parquet($file, hive_partitioning = false)", {"file": str(file)})
+    return [(name, kind) for name, kind, *_ in described.fetchall()]
 
 
 def _table_and_day(name: str) -> tuple[str, date]:

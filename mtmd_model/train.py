@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from mtmd_model import checkpoint
+from mtmd_model.allocator import keep_freed_memory
 from mtmd_model.architectures import build, config_to_dict
 from mtmd_model.batch import Batch
 from mtmd_model.config import MTMDConfig
@@ -141,6 +142,7 @@ def train(
     """
     checkpoint.check_entries(manifest or {})
     accelerator = resolve_accelerator(config.accelerator)
+    keep_freed_memory()
     started = time.perf_counter()
     hashes = {f: checkpoint.file_hash(f) for f in [*train_files, *validation_files]}
     encoder = fit_encoder(schema, train_files)

@@ -32,9 +32,14 @@ placed AS (
     LEFT JOIN turned_away AS r ON r.impression_id = s.impression_id
 ),
 
-judged AS (
+judged AS MATERIALIZED (
     SELECT
-        * EXCLUDE (has),
+        line,
+        impression_id,
+        impression_line,
+        scored_at,
+        ranker_version,
+        scores,
         CASE
             WHEN impression_line IS NULL AND out_of_scope THEN 'out_of_scope'
             WHEN impression_line IS NULL AND NOT out_of_scope THEN 'impression_rejected'
@@ -45,21 +50,31 @@ judged AS (
             WHEN NOT sampled THEN 'impression_sampled_out'
         END AS fault
     FROM placed
+),
+
+-- Only these few need the sort that a window is.
+contested AS (
+    SELECT impression_line
+    FROM judged
+    WHERE fault IS NULL
+    GROUP BY impression_line
+    HAVING count(*) > 1
+),
+
+superseded AS (
+    SELECT line
+    FROM judged
+    SEMI JOIN contested USING (impression_line)
+    WHERE fault IS NULL
+    -- Ties on time go to the greater version, then to the greater scores, so that the file's order is irrelevant.
+    QUALIFY row_number() OVER (
+        PARTITION BY impression_line
+        ORDER BY scored_at DESC, ranker_version DESC NULLS LAST, scores DESC NULLS LAST, line
+    ) > 1
 )
 
 SELECT
-    line,
-    impression_id,
-    impression_line,
-    scored_at,
-    ranker_version,
-    scores,
-    CASE
-        WHEN fault IS NOT NULL THEN fault
-        -- Ties on time go to the greater version, then to the greater scores, so that the file's order is irrelevant.
-        WHEN row_number() OVER (
-            PARTITION BY impression_line, fault IS NULL
-            ORDER BY scored_at DESC, ranker_version DESC NULLS LAST, scores DESC NULLS LAST, line
-        ) > 1 THEN 'superseded'
-    END AS reason
-FROM judged
+    j.* EXCLUDE (fault),
+    CASE WHEN s.line IS NOT NULL THEN 'superseded' ELSE fault END AS reason
+FROM judged AS j
+LEFT JOIN superseded AS s ON s.line = j.line

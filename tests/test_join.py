@@ -267,6 +267,20 @@ def test_a_rebuilt_day_is_identical_and_in_the_order_of_the_log(lake):
     assert warehouse.path("joined_examples", DAY).read_bytes() == first
 
 
+def test_a_large_day_is_identical_whatever_the_threads(lake):
+    """Several row groups, whose bounds follow the threads wherever the rows are written without an order."""
+    toy, ids = platform(), [f"i{k}" for k in range(300_000)]
+    log, scores = impressions(ids), [score(i) for k, i in enumerate(ids) if k % 15]
+    warehouse = publish(lake, toy, log, scores[::-1])
+    found = []
+    for threads in (1, 2, 4):
+        with warehouse.stage() as stage, stage.connect() as con:
+            con.execute(f"SET threads = {threads}")
+            build_examples(con, toy, warehouse, stage, DAY)
+            found.append([stage.path(t, DAY).read_bytes() for t in ("joined_examples", "rejected_rows")])
+    assert found[0] == found[1] == found[2]
+
+
 # -- sampling ----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import duckdb
+import polars as pl
 import pytest
 
 from mtmd_assets.warehouse import Warehouse
@@ -48,6 +49,31 @@ def test_a_day_replaces_itself_whole(warehouse):
     assert outside(warehouse, "SELECT x, ds FROM a ORDER BY ds") == [(3, DAY), (2, DAY + timedelta(1))]
     assert warehouse.days("a") == [DAY, DAY + timedelta(1)]
     assert warehouse.missing("a", DAY, DAY + timedelta(2)) == [DAY + timedelta(2)]
+
+
+def test_a_frame_is_written_like_a_query(tmp_path):
+    warehouse = Warehouse(tmp_path / "toy", {"v": {"id": "BIGINT", "task": "VARCHAR", "vector": "FLOAT[]"}})
+    vectors = pl.Series("vector", [[1.5, -2.0], [], [0.25]], dtype=pl.List(pl.Float32))
+    frame = pl.DataFrame({"task": ["ctr", None, "cvr"], "other": [1, 2, 3], "id": [3, 1, 2]}).with_columns(vectors)
+    with warehouse.stage() as stage, stage.connect() as con:
+        con.register("frame", frame)
+        day = "SELECT * EXCLUDE ds FROM v WHERE ds = '2026-01-01'"
+        stage.write(con, "v", DAY, "FROM frame")
+        queried = con.execute(day).fetchall()
+        first = stage.write_frame(con, "v", DAY, frame).read_bytes()
+        assert con.execute(day).fetchall() == queried == [(3, "ctr", [1.5, -2.0]), (1, None, []), (2, "cvr", [0.25])]
+        assert stage.write_frame(con, "v", DAY, frame).read_bytes() == first
+        stage.publish()
+    assert warehouse.columns("v", DAY) == list(warehouse.tables["v"].items())
+
+
+def test_a_frame_of_other_types_publishes_nothing(tmp_path):
+    warehouse = Warehouse(tmp_path / "toy", TABLES)
+    with warehouse.stage() as stage, stage.connect() as con:
+        with pytest.raises(TypeError, match=r"a of 2026-01-01: .*\('x', 'INTEGER', 'BIGINT'\)"):
+            stage.write_frame(con, "a", DAY, pl.DataFrame({"x": pl.Series([1], dtype=pl.Int32), "name": ["n"]}))
+        stage.publish()
+    assert warehouse.days("a") == []
 
 
 def fail_halfway(warehouse):

@@ -1,6 +1,6 @@
 """Embeddings of day D's requests and items, by the model trained through D-1: one version for both towers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,18 @@ from mtmd_model.schema import Side
 
 if TYPE_CHECKING:
     import numpy as np
+    import polars as pl
     import pyarrow as pa
     from duckdb import DuckDBPyConnection
+
+    from mtmd_assets.warehouse import Stage
+    from mtmd_model.predict import Predictor
 
 TABLES = {
     "item_embeddings": "The item tower's vectors, a row an item x product x task.",
     "query_embeddings": "The query tower's vectors, a row a request x task.",
 }
+TABLE_OF: dict[Side, str] = {"item": "item_embeddings", "query": "query_embeddings"}
 
 
 def embedding_assets(site: Site) -> dg.AssetsDefinition:
@@ -30,15 +35,25 @@ def embedding_assets(site: Site) -> dg.AssetsDefinition:
 
 def _embed(scored: ScoredDay) -> Iterator[dg.MaterializeResult]:
     con, stage, day, version = scored.con, scored.stage, scored.day, scored.record.version
-    items, item_keys = _snapshot(scored.site, con, day, "item")
-    queries, query_keys = _snapshot(scored.site, con, day, "query")
-    con.register("items", _long(items, item_keys, scored.model.embed_items(items), version))
-    con.register("queries", _long(queries, query_keys, scored.model.embed_queries(queries), version))
-    stage.write(con, "item_embeddings", day, "FROM items")
-    stage.write(con, "query_embeddings", day, "FROM queries")
+    for side in TABLE_OF:
+        write_embeddings(scored.site, con, stage, day, side, scored.model, version)
     results = [_result(scored.site, con, table, day, version) for table in TABLES]
     stage.publish()
     yield from results
+
+
+def write_embeddings(
+    site: Site, con: "DuckDBPyConnection", stage: "Stage", day: date, side: Side, model: "Predictor", version: str
+) -> int:
+    """Stage one tower's vectors of the rows that `con` sees as `evaluated`; returns how many items or requests.
+
+    Raises:
+        dagster.Failure: see `_snapshot`.
+    """
+    rows, keys = _snapshot(site, con, day, side)
+    vectors = model.embed_items(rows) if side == "item" else model.embed_queries(rows)
+    stage.write_frame(con, TABLE_OF[side], day, _long(rows.select(keys), vectors, version))
+    return int(rows.num_rows)
 
 
 def _snapshot(site: Site, con: "DuckDBPyConnection", day: date, side: Side) -> "tuple[pa.Table, list[str]]":
@@ -55,24 +70,22 @@ def _snapshot(site: Site, con: "DuckDBPyConnection", day: date, side: Side) -> "
     return con.sql(f"SELECT DISTINCT {columns} FROM evaluated ORDER BY {keys}").to_arrow_table(), kept
 
 
-def _long(
-    rows: "pa.Table", keys: Sequence[str], vectors: "Mapping[str, tuple[np.ndarray, np.ndarray]]", version: str
-) -> "pa.Table":
+def _long(keys: "pa.Table", vectors: "Mapping[str, tuple[np.ndarray, np.ndarray]]", version: str) -> "pl.DataFrame":
     """One row a key x task that exists there, the vector as a list of float32."""
     import numpy as np
+    import polars as pl
     import pyarrow as pa
 
+    named = pl.DataFrame(pl.from_arrow(keys))
     parts = []
     for task, (vectors_ND, exists_N) in vectors.items():
-        kept = np.ascontiguousarray(vectors_ND[exists_N], dtype=np.float32)
+        kept = np.ascontiguousarray(vectors_ND if exists_N.all() else vectors_ND[exists_N], dtype=np.float32)
         n, width = kept.shape
-        part = rows.select(list(keys)).filter(pa.array(exists_N))
-        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
-        part = part.append_column("embedding", pa.ListArray.from_arrays(offsets, pa.array(kept.reshape(-1))))
-        parts.append(
-            part.append_column("task", pa.array([task] * n)).append_column("model_version", pa.array([version] * n))
-        )
-    return pa.concat_tables(parts)
+        offsets = pa.array(np.arange(n + 1) * width)
+        embedding = pl.Series("embedding", pa.LargeListArray.from_arrays(offsets, pa.array(kept.reshape(-1))))
+        described = pl.lit(version).alias("model_version"), pl.lit(task).alias("task"), embedding
+        parts.append(named.filter(exists_N).with_columns(*described))
+    return pl.concat(parts)
 
 
 def _result(site: Site, con: "DuckDBPyConnection", table: str, day: date, version: str) -> dg.MaterializeResult:

@@ -1,0 +1,166 @@
+"""Serving: publishing both towers' embeddings beside their bare forward passes; one query against a million items.
+
+python -m benchmarks.serving
+
+The export is what a day's run does: distinct items (or requests) from the day's rows, encoding, the tower, vectors to
+Parquet. The model is untrained: speed does not read its weights. Every row is an item and a request of its own, with values of
+its own, so that vectors differ and compress as badly as real ones.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from benchmarks.figures import Figure, alternating
+from benchmarks.lake import DAY, Metered, world
+from mtmd_assets.assets.embeddings import KEYS, TABLE_OF, write_embeddings
+from mtmd_assets.home import Site
+from mtmd_model.architectures import build
+from mtmd_model.encoder import fit_encoder
+from mtmd_model.mtmd import MTMDConfig
+from mtmd_model.predict import Predictor
+from mtmd_model.schema import Side
+
+EXPORT = 0.8
+"""The bound: rows a second exported over rows a second through the tower alone."""
+
+
+def figures(
+    rows: int = 50_000,
+    items: int = 1_000_000,
+    preset: str = "small",
+    width: int = 48,
+    repetitions: int = 5,
+    folder: Path | None = None,
+) -> list[Figure]:
+    """Export both towers' embeddings, and score stored items for one query.
+
+    Args:
+        rows: items, and requests, of the exported day.
+        items: stored vectors that a query is scored against.
+        preset: of the model.
+        width: of the stored vectors.
+        repetitions: medians count.
+        folder: where the lake goes; a temporary one when left out.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        site = world(Path(scratch) / "serving", rows)
+        found = [f for side in TABLE_OF for f in _export(site, side, preset, repetitions)]
+        return found + _score(site, items, width, repetitions)
+
+
+def _export(site: Site, side: Side, preset: str, repetitions: int) -> list[Figure]:
+    """One tower: the day's rows to a staged table, beside the forward pass over the same rows."""
+    log = site.source.read(DAY).impressions
+    known = log.filter(pl.col("surface").is_in(list(site.platform.surfaces)))
+    rng = np.random.default_rng(0)
+    numbered = known.with_columns(
+        *(pl.int_range(known.height).alias(key) for key in ("request_id", "item_id")),
+        *(pl.Series(f, rng.standard_normal(known.height, np.float32)) for f in ("user_taste_0", "ad_content_0")),
+    )
+    schema = site.platform.model_schema
+    encoder = fit_encoder(schema, [])
+    model = build("mtmd", encoder, MTMDConfig.preset(preset)).eval()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.05, generator=noise)
+    predictor = Predictor(model, encoder, {})
+    encoded = encoder.encode_side(numbered.to_arrow(), side)
+    embed = model.embed_item if side == "item" else model.embed_query
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for start in range(0, len(encoded), predictor.batch_size):
+                embed(encoded.slice(start, start + predictor.batch_size))
+
+    with site.warehouse.stage() as stage, stage.connect() as con:
+        con.register("evaluated", numbered)
+        export = Metered(lambda: write_embeddings(site, con, stage, DAY, side, predictor, "benchmark"))
+        tower = Metered(forward)
+        took, alone = alternating(export, tower, repetitions=repetitions)
+    name = f"export of {known.height:,} {KEYS[side][0].removesuffix('_id')} embeddings over the tower's forward speed"
+    rate = f"forward {known.height / alone:,.0f} rows/s, export {known.height / took:,.0f} rows/s"
+    cpu = f"forward {tower.cpu:.2f} CPU s, export {export.cpu:.2f} CPU s"
+    return [
+        Figure.at_least(name, alone / took, "x", rate, EXPORT),
+        Figure.report(f"{name}: CPU", tower.cpu / export.cpu, "x", cpu),
+    ]
+
+
+def _score(site: Site, items: int, width: int, repetitions: int) -> list[Figure]:
+    """One query against every stored item: SQL over the lake, SQL in memory, and an exact index in numpy."""
+    rng = np.random.default_rng(0)
+    vectors_ND = rng.standard_normal((items, width), dtype=np.float32)
+    query_D = rng.standard_normal(width, dtype=np.float32) / np.float32(width)
+    frame = pl.DataFrame(
+        {
+            "model_version": pl.repeat("benchmark", items, eager=True),
+            "item_id": pl.int_range(items, eager=True),
+            "product": pl.repeat("standard", items, eager=True),
+            "task": pl.repeat("ctr", items, eager=True),
+            "embedding": pl.Series(vectors_ND).arr.to_list(),
+        }
+    )
+    ranked = "SELECT item_id, probability($q, embedding) AS p FROM {} WHERE task = 'ctr' ORDER BY p DESC LIMIT 100"
+    asked = {"q": query_D.tolist()}
+    with site.warehouse.stage() as stage:
+        with stage.connect() as con:
+            stage.write_frame(con, "item_embeddings", DAY, frame)
+        stage.publish()
+
+    def index() -> list[int]:
+        """The hundred best items, best first."""
+        logit_N = vectors_ND @ query_D
+        best = np.argpartition(logit_N, -100)[-100:]
+        return [int(n) for n in best[np.argsort(-logit_N[best])]]
+
+    with site.warehouse.connect() as con:
+        stored = f"(FROM item_embeddings WHERE ds = '{DAY}')"
+        con.execute(f"CREATE TEMP TABLE held AS FROM {stored}")
+        found = [i for i, _ in con.execute(ranked.format(stored), asked).fetchall()]
+        # float32 against float64: neighbours may swap places
+        assert len(set(found) & set(index())) >= 99, "SQL and the exact index disagree"
+        copied = np.empty_like(vectors_ND)
+        lake, memory, exact, copy = alternating(
+            lambda: con.execute(ranked.format(stored), asked).fetchall(),
+            lambda: con.execute(ranked.format("held"), asked).fetchall(),
+            index,
+            lambda: np.copyto(copied, vectors_ND),
+            repetitions=max(5, repetitions),
+        )
+    size = vectors_ND.nbytes
+    bandwidth = 2 * size / copy  # a copy reads and writes
+    shown = f"memory bandwidth (a copy) {bandwidth / 1e9:.1f} GB/s; one query, vectors of {width}"
+
+    def read(name: str, took: float) -> Figure:
+        return Figure.report(
+            f"{items:,} items scored {name}", size / took / 1e9, "GB/s", f"{took * 1e3:.0f} ms; {shown}"
+        )
+
+    return [
+        read("in SQL from the lake's Parquet", lake),
+        read("in SQL from memory", memory),
+        read("by an exact index (numpy)", exact),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--preset", choices=["small", "paper"], default="small")
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the lake goes while it runs")
+    for figure in figures(**vars(parser.parse_args())):
+        holds = "" if figure.holds is None else f"   {figure.goal} {'holds' if figure.holds else 'MISSED'}"
+        print(f"{figure.name}: {figure.value:,.3g} {figure.unit} ({figure.reference}){holds}")
+
+
+if __name__ == "__main__":
+    main()
