@@ -32,7 +32,7 @@ EXPORT = 0.8
 def figures(
     rows: int = 50_000,
     items: int = 1_000_000,
-    preset: str = "small",
+    preset: str = "paper",
     width: int = 48,
     repetitions: int = 5,
     folder: Path | None = None,
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--items", type=int, default=1_000_000)
-    parser.add_argument("--preset", choices=["small", "paper"], default="small")
+    parser.add_argument("--preset", choices=["small", "paper"], default="paper")
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the lake goes while it runs")

@@ -101,18 +101,20 @@ class Predictor:
         rows = self.encoder.encode_side(table, side)
         embed = self.model.embed_query if side == "query" else self.model.embed_item
         schema = self.encoder.schema
-        parts: dict[str, list[NDArray[np.float32]]] = {t.name: [] for t in schema.tasks}
+        found: dict[str, NDArray[np.float32]] = {}
         with torch.inference_mode():
-            for start in range(0, len(rows), self.batch_size):
+            # an empty batch too, so that the widths are known without rows
+            for start in range(0, max(1, len(rows)), self.batch_size):
                 vectors = embed(rows.slice(start, start + self.batch_size).to(self.device))
-                for task in parts:
-                    parts[task].append(_stored(vectors[task]))
+                for task in (t.name for t in schema.tasks):
+                    block = _stored(vectors[task])
+                    whole = found.setdefault(task, np.empty((len(rows), block.shape[1]), np.float32))
+                    whole[start : start + len(block)] = block
         has = {d: {t.name for t in tasks_of(schema, side, d)} for d in schema.domains(side)}
         domain_N = rows.domain.numpy()
         out = {}
-        for task, found in parts.items():
+        for task, vectors_ND in found.items():
             known = np.array([task in has[d] for d in schema.domains(side)])
-            vectors_ND = np.concatenate(found) if found else np.zeros((0, 0), np.float32)
             out[task] = Embeddings(vectors_ND, known[domain_N])
         return out
 
