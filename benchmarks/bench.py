@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, table
 from mtmd_assets.home import Home
 
 SUBJECTS: dict[str, dict[str, Any]] = {
@@ -76,21 +76,6 @@ def machine() -> str:
             f"{torch.get_num_threads()} torch threads, {load} when it began",
         ]
     )
-
-
-def table(figures: list[Figure]) -> str:
-    """A line a figure, in aligned columns."""
-    rows = [
-        (f.name, "-" if math.isnan(f.value) else f"{f.value:,.3g} {f.unit}", f.goal, _holds(f), f.reference)
-        for f in figures
-    ]
-    widths = [max(len(row[n]) for row in rows) for n in range(4)]
-    lines = ("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-def _holds(figure: Figure) -> str:
-    return {True: "holds", False: "DOES NOT HOLD", None: ""}[figure.holds]
 
 
 def write(figures: list[Figure]) -> Path:

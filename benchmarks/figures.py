@@ -1,8 +1,9 @@
 """What a benchmark reports: a figure beside what it is measured against, in the same run."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -59,3 +60,18 @@ def alternating(*works: Callable[[], object], repetitions: int = 5) -> tuple[flo
             work()
             found.append(time.perf_counter() - start)
     return tuple(statistics.median(found) for found in times)
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """A line a figure, in aligned columns."""
+    rows = [
+        (f.name, "-" if math.isnan(f.value) else f"{f.value:,.3g} {f.unit}", f.goal, _holds(f), f.reference)
+        for f in figures
+    ]
+    widths = [max(len(row[n]) for row in rows) for n in range(4)]
+    lines = ("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def _holds(figure: Figure) -> str:
+    return {True: "holds", False: "DOES NOT HOLD", None: ""}[figure.holds]

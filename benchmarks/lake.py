@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 import sql
-from benchmarks.figures import Figure, alternating, seconds
+from benchmarks.figures import Figure, alternating, seconds, table
 from mtmd_assets.home import CHECKOUT, Home, Site
 from mtmd_assets.platform import SHIPPED
 
@@ -199,10 +199,10 @@ def _backfill(site: Site, rows: int, days: int) -> list[Figure]:
 
     _with_logs(site)
     for later in range(1, days):  # the same logs on every day: what a day holds is no matter here
-        for table in LOGS:
-            target = site.warehouse.path(table, DAY + timedelta(later))
+        for log in LOGS:
+            target = site.warehouse.path(log, DAY + timedelta(later))
             target.parent.mkdir(parents=True)
-            shutil.copy(site.warehouse.path(table, DAY), target)
+            shutil.copy(site.warehouse.path(log, DAY), target)
     job = platform_definitions(site).resolve_job_def(f"{site.platform.name}_data")
     keys = [dg.AssetKey([site.platform.name, t]) for t in examples.TABLES]
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -300,9 +300,7 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=4)
     parser.add_argument("--backfill-rows", type=int)
     parser.add_argument("--folder", type=Path, help="where the lakes go while it runs")
-    for figure in figures(**vars(parser.parse_args())):
-        holds = "" if figure.holds is None else f"   {figure.goal} {'holds' if figure.holds else 'MISSED'}"
-        print(f"{figure.name}: {figure.value:,.3g} {figure.unit} ({figure.reference}){holds}")
+    print(table(figures(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from benchmarks.figures import Figure, alternating
+from benchmarks.figures import Figure, alternating, table
 from benchmarks.lake import DAY, Metered, world
 from mtmd_assets.assets.embeddings import KEYS, TABLE_OF, write_embeddings
 from mtmd_assets.home import Site
@@ -157,9 +157,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the lake goes while it runs")
-    for figure in figures(**vars(parser.parse_args())):
-        holds = "" if figure.holds is None else f"   {figure.goal} {'holds' if figure.holds else 'MISSED'}"
-        print(f"{figure.name}: {figure.value:,.3g} {figure.unit} ({figure.reference}){holds}")
+    print(table(figures(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

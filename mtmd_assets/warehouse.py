@@ -251,7 +251,7 @@ class Stage(Warehouse):
     def write_frame(self, con: "DuckDBPyConnection", table: str, day: date, frame: "pl.DataFrame") -> Path:
         """Stage a frame as one day of a table, its columns picked by name.
 
-        For vectors, which Polars writes four times as fast as DuckDB does; other columns read faster from `write`.
+        For vectors, which Polars writes faster than DuckDB does; other columns read faster from `write`.
 
         Raises:
             TypeError: if a column has not the table's type; nothing is staged then.

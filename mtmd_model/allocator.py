@@ -11,8 +11,8 @@ LARGEST = 32 << 20
 def keep_freed_memory() -> bool:
     """Tell glibc to keep what is freed; says whether it does.
 
-    By default it returns every freed activation to the system, and the next step gets it back page by page, zeroed:
-    90,000 page faults a step of the paper preset, an eighth of its time. Elsewhere than on glibc nothing happens.
+    By default it returns most freed activations to the system, and the next step gets them back page by page, zeroed.
+    Elsewhere than on glibc nothing happens.
     """
     if sys.platform != "linux":
         return False

@@ -14,12 +14,13 @@ Shapes: N rows of a window or block, B rows of a batch.
 import hashlib
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ LEAD = 2
 """Batches that are ready ahead of a GPU."""
 
 
-class _Passes:
+class _Passes(ABC):
     """What both feeds have in common: the batches' sizes, and the place in the epoch.
 
     It is Lightning's protocol of a stateful loader: its checkpoints store the place, and a run that starts from one
@@ -64,9 +65,9 @@ class _Passes:
         size, larger = divmod(self.rows, len(self))
         return [size + (n < larger) for n in range(len(self))]
 
+    @abstractmethod
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """An epoch's batches from that number on."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch()
@@ -332,7 +333,7 @@ def ahead(items: Iterator[T], lead: int) -> Iterator[T]:
             if error is not None:
                 raise error
             may_make.release()
-            yield item  # type: ignore[misc]
+            yield cast("T", item)
             del item
     finally:
         closed = True
