@@ -311,6 +311,8 @@ class Experiments(Frozen):
     """Evaluation days that are pooled: the last one and those before it."""
     seeds: Integer = Field(3, ge=1, le=100)
     """Models of each kind and day, with the seeds 0, 1 …"""
+    ablation_days: Integer | None = Field(None, ge=1, le=100)
+    """Ablations are trained for the last so many evaluation days only, and compared on these; all if left out."""
     tuning_days: tuple[Day, ...] = ()
     """Days on which settings are judged, all before the evaluation days."""
     contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(default_factory=dict)

@@ -18,6 +18,8 @@ from mtmd_assets.pictures import markdown_table
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+CELLS = "contender = $model AND surface IS NOT NULL AND bucket IS NULL"
+"""Of `improvements`: the lines of a contender's slices x tasks."""
 MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
 HEAD = """# Results
 
@@ -54,7 +56,7 @@ def section(site: Site) -> str:
             "### Parameters",
             _parameters(con, first, last),
             "### Ablations",
-            _ablations(con),
+            _ablations(con, first, last),
             "### Calibration",
             _calibration(con, first, last),
             "### Who the routers use",
@@ -71,6 +73,10 @@ the pooled rows of the evaluation days, the mean of the seeds. The mean is unwei
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
 simultaneous (max-t) intervals. A bootstrap over three seeds is coarse: where seeds differ more than users, its
 intervals are too short (`mtmd_assets/improvement.py` has the figures)."""
+
+ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
+helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
+both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals."""
 
 SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trials for each model on the last
 tuning day, the best three of each on the others too; one seed. The best mean of each went into the platform file. What
@@ -194,8 +200,14 @@ def _settings(config: dict[str, Any]) -> str:
     )
 
 
-def _ablations(con: "DuckDBPyConnection") -> str:
+def _ablations(con: "DuckDBPyConnection", first: date, last: date) -> str:
     """What is lost by taking one thing away, by bucket (paper, table 6): mean over the cells."""
+    days = dict(
+        con.execute(
+            "SELECT model, count(DISTINCT ds) FROM experiment_models WHERE ds BETWEEN ? AND ? GROUP BY ALL",
+            [first, last],
+        ).fetchall()
+    )
     rows: list[list[object]] = []
     for model in ABLATIONS:
         found = {
@@ -203,12 +215,15 @@ def _ablations(con: "DuckDBPyConnection") -> str:
         }
         if found:
             buckets = [f"{found[b]['improvement']:+.1%}" if found.get(b) else "" for b in range(5)]
-            rows.append([model, *buckets, _interval(found[None]), found[None]["seeds"]])
+            cells = [r for r in _rows(con, CELLS, model=model) if r["rows"] >= MIN_ROWS]
+            verdicts = [verdict(r) for r in cells]
+            counts = [len(cells), verdicts.count("better"), verdicts.count("worse"), days[model], found[None]["seeds"]]
+            rows.append([model, *buckets, _interval(found[None]), *counts])
     if not rows:
         return "None was trained for this result."
-    words = "Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it helps."
-    parts = [words, markdown_table(["without", "0", "1", "2", "3", "4", "all", "seeds"], rows)]
-    per_slice = _rows(con, "contender = 'no_domain_adaptation' AND surface IS NOT NULL AND bucket IS NULL")
+    header = ["without", "0", "1", "2", "3", "4", "all", "cells", "better", "worse", "days", "seeds"]
+    parts = [ABLATED, markdown_table(header, rows)]
+    per_slice = _rows(con, CELLS, model="no_domain_adaptation")
     if per_slice:
         parts += [
             "Domain adaptation, by cell:",

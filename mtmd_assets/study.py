@@ -66,10 +66,12 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
 
     days = evaluation_days(site)
     build_days(site, days, run, step)
-    name = op_name(site)
+    experiments = site.platform.experiments
     for day in days:
-        with step(f"train {len(models)} models with {site.platform.experiments.seeds} seeds and score {day}"):
-            run("experiments", day, config={"ops": {name: {"config": {"models": list(models)}}}})
+        ablated = day in days[-(experiments.ablation_days or len(days)) :]
+        of_day = [m for m in models if ablated or m not in ABLATIONS]
+        with step(f"train {len(of_day)} models with {experiments.seeds} seeds and score {day}"):
+            run("experiments", day, config={"ops": {op_name(site): {"config": {"models": of_day}}}})
     with step("compare"):
         run("improvements", days[-1])
     writer.write_section(document, site)

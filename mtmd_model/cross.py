@@ -3,6 +3,8 @@
 Shapes: E networks of one shape (one a task), B rows, D width, R rank.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,5 +32,19 @@ class LowRankCross(nn.Module):
         """(E, B, D) -> (E, B, D)."""
         x_EBD = x0_EBD
         for down_EDR, up in zip(self.downs, self.ups, strict=True):
-            x_EBD = torch.addcmul(x_EBD, x0_EBD, up(torch.bmm(x_EBD, down_EDR)))
+            x_EBD = _AddProduct.apply(x_EBD, x0_EBD, up(torch.bmm(x_EBD, down_EDR)))
         return x_EBD
+
+
+class _AddProduct(torch.autograd.Function):
+    """x + a * b; autograd's own gradients of `addcmul` multiply by its factor of one first, in two more passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.addcmul(x, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return gradients[0], gradients[0] * b, gradients[0] * a

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SLOPE = 0.2
+FEW_ROWS = 256
+"""Up to which a CPU too runs experts as batched products: there a call costs as much as its arithmetic."""
 
 
 class FFN(nn.Module):
@@ -71,7 +73,7 @@ class GroupedLayerNorm(nn.Module):
     def forward(self, x_EBD: Tensor) -> Tensor:
         """(E, B, D) -> (E, B, D)."""
         shape = x_EBD.shape[-1:]
-        if x_EBD.device.type == "cpu":
+        if x_EBD.device.type == "cpu" and x_EBD.shape[1] > FEW_ROWS:
             # the fused kernel, expert by expert: the gradients of gain and bias cost half as much here
             parts = zip(x_EBD.unbind(), self.weight.unbind(), self.bias.unbind(), strict=True)
             return torch.stack([F.layer_norm(x, shape, w[0], b[0]) for x, w, b in parts])
@@ -102,7 +104,9 @@ class GroupedFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, d_in) -> (E, B, widths[-1] or d_out)."""
         if x.device.type == "cpu":
-            return self._one_by_one(x)
+            if x.shape[-2] > FEW_ROWS:
+                return self._one_by_one(x)
+            x = x.expand(self.experts, -1, -1)
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = F.leaky_relu(norm(linear(x)), SLOPE, inplace=True)
             x = F.dropout(x, self.dropout, self.training)

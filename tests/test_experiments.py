@@ -19,6 +19,8 @@ from tests.worlds import Runner, show_failure, small_adworld
 
 DAYS = [date(2026, 1, d) for d in (4, 5)]
 TRAINED = ("mtmd", *CONTENDERS, "no_routing")
+OF_DAY = {DAYS[0]: TRAINED[:-1], DAYS[1]: TRAINED}
+"""Ablations are trained for the last day only."""
 
 
 @contextmanager
@@ -33,6 +35,7 @@ def studied(tmp_path_factory):
     settings = {
         "days": 2,
         "seeds": 2,
+        "ablation_days": 1,
         "tuning_days": ["2026-01-02", "2026-01-03"],
         "contenders": {"pooled_towers": {"dropout": 0.1}},
     }
@@ -75,7 +78,7 @@ def test_every_model_is_trained_with_every_seed_on_the_window_before(studied):
     rows = query(studied, "SELECT ds, model, seed, window_start, window_end FROM experiment_models ORDER BY ALL")
     starts = {DAYS[0]: date(2026, 1, 1), DAYS[1]: date(2026, 1, 2)}
     ends = {DAYS[0]: date(2026, 1, 3), DAYS[1]: date(2026, 1, 4)}
-    assert rows == sorted((d, m, s, starts[d], ends[d]) for d in DAYS for m in TRAINED for s in (0, 1))
+    assert rows == sorted((d, m, s, starts[d], ends[d]) for d in DAYS for m in OF_DAY[d] for s in (0, 1))
 
 
 def test_every_model_scores_every_row_with_every_task_of_its_slice(studied):
@@ -84,10 +87,17 @@ def test_every_model_scores_every_row_with_every_task_of_its_slice(studied):
         "SELECT model, seed, ds, count(*), count(DISTINCT impression_id), min(probability) > 0, max(probability) < 1 "
         "FROM experiment_predictions GROUP BY ALL",
     )
-    assert len(counts) == len(TRAINED) * 4
+    assert len(counts) == 2 * sum(map(len, OF_DAY.values()))
     for day in DAYS:
         [(examples,)] = query(studied, "SELECT count(*) FROM joined_examples WHERE ds = ?", day)
         assert {c[3:] for c in counts if c[2] == day} == {(3 * examples, examples, True, True)}
+
+
+def test_an_ablation_is_compared_on_the_days_that_it_was_trained_for(studied):
+    rows = query(studied, "SELECT count(*) FROM joined_examples WHERE ds = ? AND surface = 'search'", DAYS[1])
+    found = """SELECT sum(rows)::BIGINT FROM improvements
+        WHERE contender = 'no_routing' AND surface = 'search' AND task = 'gctr' AND bucket IS NULL"""
+    assert query(studied, found) == rows
 
 
 def test_metrics_of_each_seed_are_its_own(studied):
@@ -99,7 +109,7 @@ def test_metrics_of_each_seed_are_its_own(studied):
             FROM experiment_predictions GROUP BY ALL
         ) AS p USING (ds, model, seed, surface, product, task) WHERE m.bucket IS NULL""",
     )
-    assert (cells, off) == (len(TRAINED) * 2 * 2 * 18, 0)
+    assert (cells, off) == (sum(map(len, OF_DAY.values())) * 2 * 18, 0)
     [(smallest, largest)] = query(
         studied,
         "SELECT min(n), max(n) FROM (SELECT count(*) AS n FROM experiment_slice_metrics WHERE bucket IS NOT NULL "
@@ -170,7 +180,14 @@ def test_the_document_says_what_the_tables_say(studied):
     )
     assert f"| pooled_towers | {mean:+.1%} [" in text
     assert text.count("| search | shopping |") >= 3
-    assert "| no_routing |" in text
+    [(cells,)] = query(
+        studied,
+        """SELECT count(*) FROM improvements
+        WHERE contender = 'no_routing' AND surface IS NOT NULL AND bucket IS NULL AND rows >= 200""",
+    )
+    [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
+    assert line.split(" | ")[-5] == str(cells)
+    assert line.endswith(" | 1 | 2 |"), "days and seeds"
     for heading in (
         "Against the contenders",
         "Every cell",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mtmd_model.cross import LowRankCross
-from mtmd_model.ffn import FFN, GroupedFFN, GroupedLayerNorm
+from mtmd_model.ffn import FEW_ROWS, FFN, GroupedFFN, GroupedLayerNorm
 from mtmd_model.squeeze_excitation import SqueezeExcitation
 
 
@@ -31,13 +31,14 @@ def test_ffn_has_the_paper_widths():
     ]
 
 
+@pytest.mark.parametrize("rows", [7, FEW_ROWS + 1])
 @pytest.mark.parametrize("d_out", [None, 3])
-def test_grouped_ffn_equals_separate_ones(d_out: int | None):
+def test_grouped_ffn_equals_separate_ones(d_out: int | None, rows: int):
     torch.manual_seed(0)
     grouped: Any = GroupedFFN(4, 6, (8, 5), d_out)
     for p in grouped.parameters():
         torch.nn.init.normal_(p)
-    x = torch.randn(7, 6)
+    x = torch.randn(rows, 6)
     for e, got in enumerate(grouped(x)):
         y = x
         for linear, norm in zip(grouped.linears, grouped.norms, strict=True):
@@ -45,7 +46,7 @@ def test_grouped_ffn_equals_separate_ones(d_out: int | None):
             y = F.leaky_relu(F.layer_norm(y, y.shape[-1:], norm.weight[e, 0], norm.bias[e, 0]), 0.2)
         if d_out is not None:
             y = y @ grouped.out.weight[e] + grouped.out.bias[e]
-        torch.testing.assert_close(got, y)
+        torch.testing.assert_close(got, y, rtol=1e-5, atol=1e-5)
 
 
 def test_grouped_layers_start_in_the_range_of_nn_linear():
@@ -57,11 +58,12 @@ def test_grouped_layers_start_in_the_range_of_nn_linear():
         assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
-def test_grouped_layer_norm_is_the_same_formula_on_every_device():
+@pytest.mark.parametrize("rows", [4, FEW_ROWS + 1])
+def test_grouped_layer_norm_is_the_same_formula_everywhere(rows: int):
     norm = GroupedLayerNorm(3, 5)
     for p in norm.parameters():
         torch.nn.init.normal_(p)
-    x = torch.randn(3, 4, 5)
+    x = torch.randn(3, rows, 5)
     torch.testing.assert_close(norm(x), torch.addcmul(norm.bias, F.layer_norm(x, (5,)), norm.weight))
 
 
@@ -75,6 +77,13 @@ def test_low_rank_cross_by_hand():
     # x0 = (1, 2); V x0 = 3; U 3 + b = (3, 7); x1 = x0 * (3, 7) + x0 = (4, 16)
     # V x1 = 20; U 20 + b = (20, 41); x2 = x0 * (20, 41) + x1 = (24, 98)
     torch.testing.assert_close(cross(torch.tensor([[[1.0, 2.0]]])), torch.tensor([[[24.0, 98.0]]]))
+
+
+def test_low_rank_cross_has_the_gradients_of_its_formula():
+    torch.manual_seed(0)
+    cross = LowRankCross(2, 3, layers=2, rank=1).double()
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: cross(x), (x, *cross.parameters()))
 
 
 def test_cross_without_layers_is_the_identity():
