@@ -79,8 +79,8 @@ helps. The mean is over the cells with at least {MIN_ROWS} rows on the last eval
 both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals."""
 
 SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trials for each model on the last
-tuning day, the best three of each on the others too; one seed. The best mean of each went into the platform file. What
-the search leaves out: [experiments.md](experiments.md)."""
+tuning day, the best three of each on the others too; one seed. What was chosen after it, and what it leaves out:
+[experiments.md](experiments.md)."""
 
 
 def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date, last: date) -> str:
