@@ -98,9 +98,12 @@ def train_config(platform: Platform, change: Change | None = None, seed: int | N
         sample_rate=change.sample_rate,
         slice_balance=t.slice_balance,
         batch_size=t.batch_size,
+        block_rows=t.block_rows,
+        resident=t.resident,
         max_epochs=t.max_epochs,
         patience=t.patience,
         seed=t.seed if seed is None else seed,
         accelerator=t.accelerator,
         precision=t.precision,
+        compile=t.compile,
     )

@@ -286,8 +286,22 @@ class Training(Frozen):
     slice_balance: Number = Field(0.0, ge=0, le=1)
     """How far small slices are weighed up in the loss: 0 not at all, 1 until all slices count alike."""
     seed: Seed = 0
+    block_rows: Integer | None = Field(None, gt=0)
+    """Rows held in memory at a time, twice, of a window that is too large for it; null holds them all."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    resident: bool = False
+    """Hold the window on the GPU."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compile: bool = False
+    """Train with `torch.compile`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Training":
+        if self.block_rows is not None and self.block_rows < self.batch_size:
+            raise Fault("block_rows", f"fewer rows than a batch, {self.batch_size}", self.block_rows)
+        if self.block_rows is not None and self.resident:
+            raise Fault("resident", "the window is left in its files by block_rows: choose one", self.resident)
+        return self
 
 
 class Contender(Frozen):

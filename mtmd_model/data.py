@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtmd_model.batch import Batch
 from mtmd_model.encoder import Encoder, group_sizes, read_tables
-from mtmd_model.feed import CPU, Feed, FileWindow, StreamFeed
+from mtmd_model.feed import CPU, Feed, FileWindow, ResidentFeed, StreamFeed
 
 
 def load(encoder: Encoder, files: Sequence[str | Path]) -> Batch:
@@ -45,6 +45,7 @@ class WindowData(L.LightningDataModule):
         batch_size: rows of a batch.
         seed: of the shuffle.
         block_rows: rows of a block (`StreamFeed`); None holds all rows in memory (`Feed`).
+        resident: hold them on the device (`ResidentFeed`).
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class WindowData(L.LightningDataModule):
         batch_size: int,
         seed: int,
         block_rows: int | None = None,
+        resident: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.batch_size, self.seed, self.block_rows = encoder, batch_size, seed, block_rows
+        self.encoder, self.batch_size, self.seed = encoder, batch_size, seed
+        self.block_rows, self.resident = block_rows, resident
 
         def rows(files: Sequence[str | Path]) -> Batch | FileWindow:
             return load(encoder, files) if block_rows is None else FileWindow(encoder, files)
@@ -103,7 +106,8 @@ class WindowData(L.LightningDataModule):
     def _feed(self, window: Batch | FileWindow, seed: int | None = None) -> Feed | StreamFeed:
         device = self.trainer.strategy.root_device if self.trainer is not None else CPU
         if isinstance(window, Batch):
-            return Feed(window, self.encoder, self.batch_size, seed, self._epoch, device)
+            feed = ResidentFeed if self.resident else Feed
+            return feed(window, self.encoder, self.batch_size, seed, self._epoch, device)
         assert self.block_rows is not None
         return StreamFeed(window, self.block_rows, self.batch_size, seed, self._epoch, device)
 

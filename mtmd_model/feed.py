@@ -1,10 +1,11 @@
 """Batches of a window: shuffled by seed and epoch, resumable in mid-epoch, ready before they are asked for.
 
-Two feeds keep one contract. Each epoch gives every row exactly once; batches differ by at most one row in size, so that
+The feeds keep one contract. Each epoch gives every row exactly once; batches differ by at most one row in size, so that
 no epoch ends on a handful of rows; the order depends on the seed and the epoch only; and a feed that takes over
 another's `state_dict` goes on with the batch after the last that one gave.
 
 * `Feed` holds the window in memory: an epoch is one permutation of all rows.
+* `ResidentFeed` is the same with the window on the device, where the batches are gathered.
 * `StreamFeed` leaves it in its files: an epoch puts the files' row groups in a random order, cuts that sequence of rows
   into blocks, and permutes the rows within each. One block is used while the next is read: never more than two.
 
@@ -16,7 +17,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, cycle, pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -138,6 +139,44 @@ class Feed(_Passes):
             rows_N = torch.randperm(self.rows, generator=torch.Generator().manual_seed(state))
         for rows_B in rows_N.tensor_split(len(self))[first:]:
             yield self.gather(self.window, rows_B)
+
+
+class ResidentFeed(Feed):
+    """The batches of `Feed`, gathered on the device from a window that lies there.
+
+    The host sends the numbers of a batch's rows and their order by domain, which it needs itself: asking a GPU for the
+    domains' counts would stall it.
+
+    Args:
+        window: all rows, on the host.
+        device: where they are copied to, once; they have to fit beside the model.
+        encoder, batch_size, seed, epoch: as in `Feed`.
+    """
+
+    def __init__(
+        self,
+        window: Batch,
+        encoder: Encoder,
+        batch_size: int,
+        seed: int | None = None,
+        epoch: Callable[[], int] = lambda: 0,
+        device: torch.device = CPU,
+    ) -> None:
+        super().__init__(window, encoder, batch_size, seed, epoch, device)
+        self.resident = window.to(device)
+
+    def gather(self, window: Batch, rows_B: Tensor) -> Batch:
+        """These rows of the resident window as a batch, with the order by domain that the host found."""
+        pin = self.device.type == "cuda"
+
+        def groups(x: TowerInput, count: int) -> DomainGroups:
+            found = DomainGroups.of(_take(x.domain, rows_B), count)
+            return (found.pin_memory() if pin else found).to(self.device, non_blocking=True)
+
+        query, item = groups(window.query, self.domains[0]), groups(window.item, self.domains[1])
+        index_B = (rows_B.pin_memory() if pin else rows_B).to(self.device, non_blocking=True)
+        batch = self.resident.select(index_B)
+        return replace(batch, query=replace(batch.query, groups=query), item=replace(batch.item, groups=item))
 
 
 class StreamFeed(_Passes):
@@ -280,21 +319,24 @@ def gather(window: Batch, rows_B: Tensor, domains: tuple[int, int], pin: bool = 
         domains: numbers of surfaces and products.
         pin: page-locked memory, from which a GPU reads while the host goes on.
     """
-    index_B = rows_B.numpy()
-
-    def take(x: Tensor) -> Tensor:
-        out = torch.empty(len(index_B), *x.shape[1:], dtype=x.dtype, pin_memory=pin)
-        # `clip` only because `raise` would copy once more: no index is out of bounds
-        np.take(x.numpy(), index_B, 0, out=out.numpy(), mode="clip")
-        return out
 
     def side(x: TowerInput, count: int) -> TowerInput:
-        domain_B = take(x.domain)
+        domain_B = _take(x.domain, rows_B, pin)
         groups = DomainGroups.of(domain_B, count)
-        return TowerInput(take(x.dense), take(x.ids), domain_B, groups.pin_memory() if pin else groups)
+        return TowerInput(
+            _take(x.dense, rows_B, pin), _take(x.ids, rows_B, pin), domain_B, groups.pin_memory() if pin else groups
+        )
 
     query, item = side(window.query, domains[0]), side(window.item, domains[1])
-    return Batch(query, item, take(window.labels), take(window.weight))
+    return Batch(query, item, _take(window.labels, rows_B, pin), _take(window.weight, rows_B, pin))
+
+
+def _take(x: Tensor, rows_B: Tensor, pin: bool = False) -> Tensor:
+    """Rows of a tensor on the host, in new memory."""
+    out = torch.empty(len(rows_B), *x.shape[1:], dtype=x.dtype, pin_memory=pin)
+    # `clip` only because `raise` would copy once more: no index is out of bounds
+    np.take(x.numpy(), rows_B.numpy(), 0, out=out.numpy(), mode="clip")
+    return out
 
 
 def _permutation(n: int, seed: int | None, *which: int) -> Tensor:

@@ -19,6 +19,7 @@ from mtmd_model import checkpoint
 from mtmd_model.allocator import keep_freed_memory
 from mtmd_model.architectures import build, config_to_dict
 from mtmd_model.batch import Batch
+from mtmd_model.compiled import compile_parts
 from mtmd_model.config import MTMDConfig
 from mtmd_model.data import WindowData, slice_logits
 from mtmd_model.encoder import fit_encoder
@@ -54,6 +55,8 @@ class TrainConfig:
     block_rows: int | None = None
     """Rows held in memory at a time, twice, with the window left in its files (`feed.StreamFeed`): for one that does
     not fit. None holds the whole window and shuffles all of it."""
+    resident: bool = False
+    """Hold the window on the device, where batches are gathered (`feed.ResidentFeed`): for a GPU with room for it."""
     max_epochs: int = 12
     """Passes over the window, at most; the cosine ends here."""
     patience: int = 3
@@ -67,6 +70,9 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Of the experts', cross layers' and projections' matrix products in training. Routing, dot products, losses and
     weights stay in fp32, domain statistics and sums in float64; validation and predictions are fp32 throughout."""
+    compile: bool = False
+    """Train with `torch.compile` (`compiled`), which takes minutes to build; with a warning without it where there is no
+    compiler."""
     progress_bar: bool = False
     """Draw one."""
 
@@ -76,6 +82,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
         if self.block_rows is not None and self.block_rows < self.batch_size:
             raise ValueError(f"block_rows must be None or at least batch_size, got {self.block_rows!r}")
+        if self.resident and self.block_rows is not None:
+            raise ValueError("resident holds the whole window, block_rows leaves it in its files: choose one")
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate!r}")
         if not 0 <= self.slice_balance <= 1:
@@ -146,7 +154,9 @@ def train(
     started = time.perf_counter()
     hashes = {f: checkpoint.file_hash(f) for f in [*train_files, *validation_files]}
     encoder = fit_encoder(schema, train_files)
-    data = WindowData(encoder, train_files, validation_files, config.batch_size, config.seed, config.block_rows)
+    data = WindowData(
+        encoder, train_files, validation_files, config.batch_size, config.seed, config.block_rows, config.resident
+    )
     _check_unchanged(hashes)
     data.sample(config.sample_rate)
     _check_labels(data.blocks(data.window), "training")
@@ -161,6 +171,8 @@ def train(
         blocks = (_weigh(block, weight_SP) for block in data.blocks(data.window))
         model.bias.set(slice_logits(blocks, encoder, model.constrained))
         module = RankerModule(model, config.optimiser, slice_factors(weight_SP, config.slice_balance))
+        if config.compile:
+            compile_parts(model, torch.device(accelerator))
         best = _BestEpoch(on_epoch)
         stop = EarlyStopping("validation_loss", patience=config.patience, check_finite=False)
         trainer = L.Trainer(
@@ -201,7 +213,9 @@ def train(
         **(manifest or {}),
     }
     written = checkpoint.save(out_dir, model, encoder, config.architecture, config.model, entries)
-    return TrainResult(Predictor(model, encoder, written), written, Path(out_dir))
+    # a compiled model would be compiled anew for every size of batch that it predicts
+    predictor = checkpoint.load(out_dir) if config.compile else Predictor(model, encoder, written)
+    return TrainResult(predictor, written, Path(out_dir))
 
 
 def resolve_accelerator(name: str) -> Literal["cpu", "cuda"]:

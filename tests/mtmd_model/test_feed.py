@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mtmd_model.batch import Batch
 from mtmd_model.data import WindowData, load, slice_logits
 from mtmd_model.encoder import Encoder, fit_encoder
-from mtmd_model.feed import Feed, FileWindow, StreamFeed, ahead, gather
+from mtmd_model.feed import Feed, FileWindow, ResidentFeed, StreamFeed, ahead, gather
 from mtmd_model.lightning_module import OptimiserConfig
 from mtmd_model.mtmd import MTMDConfig
 from mtmd_model.train import TrainConfig, train
@@ -164,6 +164,10 @@ def test_gathered_batches_are_selected_and_prepared_ones(files: list[Path], enco
     window = load(encoder, files)
     rows_B = torch.randperm(ROWS)[:77]
     ours, theirs = gather(window, rows_B, (3, 2)), window.select(rows_B).prepare(3, 2)
+    assert_same(ours, theirs)
+
+
+def assert_same(ours: Batch, theirs: Batch) -> None:
     for a, b in ((ours.query, theirs.query), (ours.item, theirs.item)):
         assert a.groups is not None
         assert b.groups is not None
@@ -173,6 +177,15 @@ def test_gathered_batches_are_selected_and_prepared_ones(files: list[Path], enco
         torch.testing.assert_close(a.dense, b.dense, equal_nan=True, rtol=0, atol=0)
         assert torch.equal(a.ids, b.ids)
     assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.labels.nan_to_num(-1), theirs.labels.nan_to_num(-1))
+
+
+def test_a_resident_window_gives_the_batches_of_one_in_memory(files: list[Path], encoder: Encoder):
+    window = load(encoder, files)
+    for seed in (None, 5):
+        pairs = zip(ResidentFeed(window, encoder, 33, seed), Feed(window, encoder, 33, seed), strict=True)
+        for ours, theirs in pairs:
+            assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 21}, {"seed": 8}, {"block_rows": 40}, {"block_rows": None}])
@@ -313,6 +326,17 @@ def test_training_from_files_learns_as_from_memory(write: Callable[[pa.Table], P
     assert again.history == streamed.history
     share = train(platform(), days[:2], [], replace(TINY, block_rows=200, sample_rate=0.25), tmp_path / "share")
     assert share.manifest["rows"] == {"train": 400, "validation": 0}
+
+
+def test_training_with_the_window_on_the_device_learns_the_same(write: Callable[[pa.Table], Path], tmp_path: Path):
+    days = [write(examples(400, n)) for n in range(2)]
+    ours, theirs = (
+        train(platform(), days[:1], days[1:], replace(TINY, resident=resident), tmp_path / str(resident))
+        for resident in (True, False)
+    )
+    assert ours.history == theirs.history
+    with pytest.raises(ValueError, match="choose one"):
+        replace(TINY, resident=True, block_rows=1000)
 
 
 def test_a_file_that_changes_in_training_is_named(write: Callable[[pa.Table], Path], tmp_path: Path):
