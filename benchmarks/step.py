@@ -18,7 +18,8 @@ from benchmarks.figures import Figure, alternating
 from mtmd_model.allocator import keep_freed_memory
 from mtmd_model.architectures import build
 from mtmd_model.batch import Batch
-from mtmd_model.feed import Feed
+from mtmd_model.compiled import compile_parts
+from mtmd_model.feed import CPU, Feed
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
 from mtmd_model.mtmd import MTMD, MTMDConfig
 from mtmd_model.schema import Schema
@@ -113,17 +114,31 @@ class Step:
         schema: of `synthetic.platform`.
         config: of the model.
         rows: of the one batch.
+        device: where it runs.
+        precision: 32-true or bf16-mixed.
+        compiled: with `torch.compile`.
     """
 
-    def __init__(self, schema: Schema, config: MTMDConfig, rows: int = BATCH) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        config: MTMDConfig,
+        rows: int = BATCH,
+        device: torch.device = CPU,
+        precision: str = "32-true",
+        compiled: bool = False,
+    ) -> None:
         keep_freed_memory()
         torch.manual_seed(0)
         encoder, window = synthetic.window(schema, rows)
-        self.model = build("mtmd", encoder, config)
-        self.batch: Batch = next(iter(Feed(window, encoder, rows)))
-        self.module = RankerModule(self.model, OptimiserConfig())
+        self.device, self.bf16 = device, precision != "32-true"
+        self.model = build("mtmd", encoder, config).to(device)
+        if compiled:
+            compile_parts(self.model, device)
+        self.batch: Batch = next(iter(Feed(window, encoder, rows))).to(device)
+        self.module = RankerModule(self.model, OptimiserConfig()).to(device)
         # what `configure_optimizers` asks a Trainer for
-        self.module.trainer = SimpleNamespace(precision="32-true", estimated_stepping_batches=1000)  # type: ignore[assignment]
+        self.module.trainer = SimpleNamespace(precision=precision, estimated_stepping_batches=1000)  # type: ignore[assignment]
         made = self.module.configure_optimizers()
         self.optimiser: torch.optim.Optimizer = made["optimizer"]
         self.schedule: Any = made["lr_scheduler"]["scheduler"]
@@ -131,7 +146,8 @@ class Step:
     def __call__(self, batch: Batch | None = None) -> Tensor:
         """One step, on the one batch unless another is given; the loss."""
         self.optimiser.zero_grad()
-        loss = self.module.training_step(batch or self.batch, 0)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.module.training_step(batch or self.batch, 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimiser.step()
