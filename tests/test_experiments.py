@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 
-import duckdb
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Home
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.training_pool import TrainJob, train_all
-from tests.worlds import Runner, show_failure, small_adworld
+from tests.worlds import Runner, query, show_failure, small_adworld
 
 DAYS = [date(2026, 1, d) for d in (4, 5)]
 TRAINED = ("mtmd", *CONTENDERS, "no_routing")
@@ -58,11 +57,6 @@ def studied(tmp_path_factory):
     assert study.results(runner.site, TRAINED, document, run, quiet) == 0
     runner.document, runner.runs, runner.run_step = document, runs, run
     return runner
-
-
-def query(runner, sql, *parameters):
-    with duckdb.connect(str(runner.site.warehouse.database), read_only=True) as con:
-        return con.execute(sql, parameters).fetchall()
 
 
 def test_the_days_that_lack_are_built_then_each_evaluation_day_is_scored(studied):

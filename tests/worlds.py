@@ -1,17 +1,24 @@
 """Small worlds for the tests: a small adworld, its home, and its jobs run in this process."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import duckdb
 import yaml
 
-from mtmd_assets.home import CHECKOUT, Site
+from mtmd_assets.home import CHECKOUT, Home, Site
 from mtmd_assets.platform import SHIPPED
 
 KUAIRAND = CHECKOUT.parent / "shared" / "data" / "KuaiRand-Pure"
+SCORED = ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings")
+"""Tables of an evaluated day."""
 
 
 def small_adworld(folder: Path, rows_per_day: int = 5_000, **changes: object) -> Path:
@@ -83,3 +90,33 @@ def show_failure(result: dg.ExecuteInProcessResult) -> str:
     """Why a run failed, all of it."""
     errors = [e.step_failure_data.error for e in result.all_events if e.is_step_failure]
     return "\n".join(str(e.cause or e) for e in errors if e)
+
+
+def query(runner: Runner, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+    """What a person's DuckDB shell answers."""
+    with duckdb.connect(str(runner.site.warehouse.database), read_only=True) as con:
+        return con.execute(sql, parameters).fetchall()
+
+
+def copy_of(runner: Runner, folder: Path) -> Runner:
+    """A home like a runner's, to do with as one likes."""
+    shutil.copytree(runner.site.folder, folder / "adworld")
+    return Runner(Home(folder).site("adworld"))
+
+
+def run_cli(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `mtmd` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mtmd_assets.cli", *arguments],
+        env={**os.environ, "MTMD_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def cli_output(runner: Runner, *arguments: str) -> str:
+    """What `mtmd` prints about a runner's home."""
+    result = run_cli(runner.site.folder.parent, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
