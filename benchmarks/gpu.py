@@ -139,7 +139,11 @@ def feed_figures(device: torch.device, config: MTMDConfig, rows: int, steps: int
         precision=precision,
         accelerator="gpu" if device.type == "cuda" else "cpu",
     )
-    feeds = {"resident": {"resident": True}, "in memory": {}, "streamed": {"block_rows": max(rows, rows * steps // 4)}}
+    feeds: dict[str, dict[str, Any]] = {
+        "resident": {"resident": True},
+        "in memory": {},
+        "streamed": {"block_rows": max(rows, rows * steps // 4)},
+    }
     with tempfile.TemporaryDirectory() as folder:
         files = synthetic.write_days(schema, Path(folder), 2, rows * steps // 2)
         for name, changes in feeds.items():
