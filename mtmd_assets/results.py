@@ -223,7 +223,7 @@ def _ablations(con: "DuckDBPyConnection", first: date, last: date) -> str:
         return "None was trained for this result."
     header = ["without", "0", "1", "2", "3", "4", "all", "cells", "better", "worse", "days", "seeds"]
     parts = [ABLATED, markdown_table(header, rows)]
-    per_slice = _rows(con, CELLS, model="no_domain_adaptation")
+    per_slice = _rows(con, f"{CELLS} ORDER BY surface, product, task", model="no_domain_adaptation")
     if per_slice:
         parts += [
             "Domain adaptation, by cell:",
