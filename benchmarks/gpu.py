@@ -89,6 +89,8 @@ def step_figures(device: torch.device, config: MTMDConfig, sizes: Sequence[int])
             if compiled and device.type == "cpu":
                 continue  # minutes of C++
             step = Step(synthetic.platform(), config, rows, device, precision, compiled)
+            if step.compiled != compiled:
+                continue  # it has warned: there is no compiler, and the figure would be the other one's
             seconds = _seconds(step, device)
             rate = 6 * active_parameters(step.model) * rows / seconds
             reference = f"GEMM {peak / 1e12:,.1f} TFLOP/s; {rows / seconds:,.0f} rows/s"

@@ -116,7 +116,7 @@ class Step:
         rows: of the one batch.
         device: where it runs.
         precision: 32-true or bf16-mixed.
-        compiled: with `torch.compile`.
+        compiled: with `torch.compile`; the attribute says whether it is.
     """
 
     def __init__(
@@ -133,8 +133,7 @@ class Step:
         encoder, window = synthetic.window(schema, rows)
         self.device, self.bf16 = device, precision != "32-true"
         self.model = build("mtmd", encoder, config).to(device)
-        if compiled:
-            compile_parts(self.model, device)
+        self.compiled = compiled and compile_parts(self.model, device)
         self.batch: Batch = next(iter(Feed(window, encoder, rows))).to(device)
         self.module = RankerModule(self.model, OptimiserConfig()).to(device)
         # what `configure_optimizers` asks a Trainer for

@@ -18,6 +18,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, cycle, pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -146,24 +147,12 @@ class ResidentFeed(Feed):
 
     The host sends the numbers of a batch's rows and their order by domain, which it needs itself: asking a GPU for the
     domains' counts would stall it.
-
-    Args:
-        window: all rows, on the host.
-        device: where they are copied to, once; they have to fit beside the model.
-        encoder, batch_size, seed, epoch: as in `Feed`.
     """
 
-    def __init__(
-        self,
-        window: Batch,
-        encoder: Encoder,
-        batch_size: int,
-        seed: int | None = None,
-        epoch: Callable[[], int] = lambda: 0,
-        device: torch.device = CPU,
-    ) -> None:
-        super().__init__(window, encoder, batch_size, seed, epoch, device)
-        self.resident = window.to(device)
+    @cached_property
+    def resident(self) -> Batch:
+        """The window on the device, copied once; it has to fit beside the model."""
+        return self.window.to(self.device)
 
     def gather(self, window: Batch, rows_B: Tensor) -> Batch:
         """These rows of the resident window as a batch, with the order by domain that the host found."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, synthetic
+from benchmarks.step import Step
 from mtmd_model.mtmd import MTMDConfig
 from mtmd_model.train import TrainConfig, train
 
@@ -17,6 +18,16 @@ CPU = torch.device("cpu")
 def test_time_under_several_kernels_counts_once():
     spans = [(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (6.0, 6.5), (7.0, 8.0)]
     assert gpu.union(iter(spans)) == [(0.0, 3.0), (5.0, 8.0)]
+
+
+def test_a_step_without_a_compiler_is_not_called_compiled(monkeypatch: pytest.MonkeyPatch):
+    def none(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", none)
+    with pytest.warns(UserWarning, match="goes on without it"):
+        step = Step(synthetic.platform(2, 1), MTMDConfig.preset("small"), 16, compiled=True)
+    assert not step.compiled
 
 
 def test_every_feed_is_timed_beside_the_bare_step():
