@@ -78,9 +78,9 @@ ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the he
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
 both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals."""
 
-SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trials for each model on the last
-tuning day, the best three of each on the others too; one seed. What was chosen after it, and what it leaves out:
-[experiments.md](experiments.md)."""
+SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trainings for each model; the best
+three of each on every tuning day with two seeds, the others once, on the last. What was chosen after it, and what it
+leaves out: [experiments.md](experiments.md)."""
 
 
 def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date, last: date) -> str:

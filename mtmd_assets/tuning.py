@@ -1,15 +1,18 @@
-"""The search behind the settings of MTMD and its contenders: the same number of trials for each.
+"""The search behind the settings of MTMD and its contenders: the same number of trainings for each.
 
-A start and nine trials that change one thing each, on the last tuning day; the best three go on to the other tuning
-days. A trial trains on the days before a tuning day, stops on that day and is judged on it, as the last day of a window
-decides when to stop; the tuning days lie before every evaluation day. What is chosen goes into the platform file by
-hand: MTMD's into `training`, a contender's into `experiments.contenders`.
+Single changes first, each of one setting of the start, on the last tuning day; then the best of them joined. The best of
+all are trained for every tuning day with two seeds, and the best mean is what to take. A trial trains on the days before
+a tuning day, stops on that day and is judged on it, as the last day of a window decides when to stop; the tuning days
+lie before every evaluation day. What is chosen goes into the platform file by hand: MTMD's into `training`, a
+contender's into `experiments.contenders`.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets import model_store
@@ -26,8 +29,11 @@ if TYPE_CHECKING:
 JUDGED_ROWS = 67
 """Cells with at least this many rows on a tuning day are judged: a third of the 200 of three evaluation days."""
 
+JOINED = 3
+"""Single changes that are joined, in pairs and all."""
 FINALISTS = 3
-"""Trials of a model that go on to the other tuning days."""
+"""Trials of a model that go on to the other tuning days and to `SEEDS`."""
+SEEDS = (0, 1)
 
 START: Mapping[str, Any] = {
     "learning_rate": 2e-3,
@@ -45,31 +51,48 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "learning rate 4e-3": {"learning_rate": 4e-3},
     "weight decay 0.1": {"weight_decay": 0.1},
-    "dropout 0.1": {"dropout": 0.1},
-    "rows weighed alike": {"slice_balance": 0.0},
-    "slices weighed alike": {"slice_balance": 1.0},
+    "weight decay 0.3": {"weight_decay": 0.3},
+    "slice balance 0": {"slice_balance": 0.0},
+    "slice balance 0.2": {"slice_balance": 0.2},
 }
-"""Trials of every model, by what they change; three more are in `trials`."""
+"""Trials of every model, by what they change; three more are in `singles`."""
 
 
-def trials(platform: Platform, model: str) -> dict[str, Change]:
-    """A model's trials by name; all models have equally many.
+def start(platform: Platform, model: str) -> dict[str, Any]:
+    """The settings that a model's search starts from."""
+    place = PRESETS.index(platform.training.preset)
+    return {**START, "preset": PRESETS[min(place + (model in LARGER), len(PRESETS) - 1)]}
+
+
+def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
+    """The first round: what each trial changes of the start, by name; all models have equally many.
 
     Every model is tried with more passes and in two more sizes. MTMD, whose largest size costs most of all, is tried in
     one more, and with another deviation instead.
     """
-    training = platform.training
-    place = PRESETS.index(training.preset)
-    preset = PRESETS[min(place + (model in LARGER), len(PRESETS) - 1)]
-    passes = round(training.max_epochs * 5 / 3)
+    passes = round(platform.training.max_epochs * 5 / 3)
     changes = {**SHARED, f"{passes} passes": {"max_epochs": passes}}
-    sizes = [p for p in PRESETS if p != preset]
+    sizes = [p for p in PRESETS if p != start(platform, model)["preset"]]
     if model == "mtmd":
         sizes = sizes[:1]
         changes["deviation 0.3"] = {"deviation": 0.3}
-    changes |= {f"preset {size}": {"preset": size} for size in sizes}
-    start = {**START, "preset": preset}
-    return {name: Change(model, training={**start, **change}) for name, change in changes.items()}
+    return changes | {f"preset {size}": {"preset": size} for size in sizes}
+
+
+def joined(changes: Mapping[str, Mapping[str, Any]], ranked: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """The second round: the best `JOINED` changes, no two of one setting, by twos and more.
+
+    Args:
+        changes: the first round's.
+        ranked: their names, best first.
+    """
+    best: list[str] = []
+    for name in ranked:
+        taken = {setting for other in best for setting in changes[other]}
+        if len(best) < JOINED and changes[name] and taken.isdisjoint(changes[name]):
+            best.append(name)
+    groups = [group for size in range(2, len(best) + 1) for group in combinations(best, size)]
+    return {" + ".join(group): {k: v for name in group for k, v in changes[name].items()} for group in groups}
 
 
 def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], None]) -> "pl.DataFrame":
@@ -85,48 +108,74 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
     if not days:
         raise Withheld(f"{platform.name}: the platform file names no experiments.tuning_days")
 
-    def run(day: date, entries: Mapping[str, Sequence[str]]) -> "pl.DataFrame":
-        jobs = [(model, name, _job(site, day, model, name)) for model, names in entries.items() for name in names]
-        todo = [job for *_, job in jobs if not (job.folder / "manifest.json").is_file()]
-        log(f"{day}: {len(jobs) - len(todo)} of {len(jobs)} trials are there already")
-        train_all(todo, workers, log)
-        return pl.DataFrame([_row(model, name, day, job) for model, name, job in jobs])
-
     *others, last = sorted(days)
-    tables = [run(last, {model: list(trials(platform, model)) for model in models})]
-    best = tables[0].sort("logmae").group_by("model", maintain_order=True).head(FINALISTS)
-    finalists = {model: best.filter(pl.col("model") == model)["trial"].to_list() for model in models}
-    tables += [run(day, finalists) for day in others]
-    return pl.concat(tables)
+    changes = {model: singles(platform, model) for model in models}
+    rows: list[dict[str, Any]] = []
+
+    def run(todo: Sequence[_Trial]) -> None:
+        jobs = [_job(site, trial) for trial in todo]
+        missing = [job for job in jobs if not (job.folder / "manifest.json").is_file()]
+        log(f"{len(jobs) - len(missing)} of {len(jobs)} trials are there already")
+        train_all(missing, workers, log)
+        rows.extend(map(_row, todo, jobs))
+
+    def ranked(model: str) -> list[str]:
+        """Its trials so far, best first; all of them on the last tuning day with the first seed."""
+        return [r["trial"] for r in sorted(rows, key=lambda r: r["logmae"]) if r["model"] == model]
+
+    def trial(model: str, name: str, day: date, seed: int) -> _Trial:
+        change = Change(model, training={**start(platform, model), **changes[model][name]})
+        return _Trial(model, name, day, seed, change)
+
+    run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
+    second = {model: joined(changes[model], ranked(model)) for model in models}
+    changes = {model: {**changes[model], **second[model]} for model in models}
+    run([trial(model, name, last, SEEDS[0]) for model in models for name in second[model]])
+    finalists = [(model, name) for model in models for name in ranked(model)[:FINALISTS]]
+    again = [(day, seed) for day in (last, *others) for seed in SEEDS if (day, seed) != (last, SEEDS[0])]
+    run([trial(model, name, day, seed) for day, seed in again for model, name in finalists])
+    return pl.DataFrame(rows)
 
 
-def _job(site: Site, day: date, model: str, trial: str) -> TrainJob:
-    """A trial's training on the days before a tuning day."""
-    platform, warehouse = site.platform, site.warehouse
+@dataclass(frozen=True)
+class _Trial:
+    """One training of the search."""
+
+    model: str
+    name: str
+    day: date
+    seed: int
+    change: Change
+
+
+def _job(site: Site, trial: _Trial) -> TrainJob:
+    """A trial's training on the days before its tuning day."""
+    platform, warehouse, day = site.platform, site.warehouse, trial.day
     window = [d for d in platform.window(day) if d >= platform.scored_from]
     holes = [d for d in window if not warehouse.published("joined_examples", d)]
     if holes or len(window) < 2:
         raise Withheld(f"joined_examples has no {', '.join(map(str, holes or [day - timedelta(1)]))}")
     files = [warehouse.path("joined_examples", d) for d in window]
-    config = train_config(platform, trials(platform, model)[trial], seed=0)
+    config = train_config(platform, trial.change, trial.seed)
     hashes = [model_store.file_hash(f) for f in files]
     schema = platform.model_schema
     text = json.dumps([config.to_dict(), hashes, model_store.code_version(), schema.to_dict()], sort_keys=True)
-    version = f"{day}-trial-{model}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    version = f"{day}-trial-{trial.model}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     folder = site.folder / "experiments" / version
     return TrainJob(version, schema, tuple(files[:-1]), (files[-1],), config, folder, {})
 
 
-def _row(model: str, name: str, day: date, job: TrainJob) -> dict[str, Any]:
+def _row(trial: _Trial, job: TrainJob) -> dict[str, Any]:
+    """A row of `trials`."""
     manifest = json.loads((job.folder / "manifest.json").read_text())
     cells, logmae = _judge(job)
     return {
-        "model": model,
-        "trial": name,
-        "seed": 0,
+        "model": trial.model,
+        "trial": trial.name,
+        "seed": trial.seed,
         "config": json.dumps(manifest["train_config"]),
         "window_start": date.fromisoformat(job.train_files[0].parent.name.removeprefix("ds=")),
-        "window_end": day,
+        "window_end": trial.day,
         "cells": cells,
         "logmae": logmae,
         "validation_loss": manifest["history"][manifest["best_epoch"]]["validation_loss"],
@@ -161,22 +210,25 @@ def _judge(job: TrainJob) -> tuple[int, float]:
 
 
 def ranking(table: "pl.DataFrame") -> str:
-    """Every trial in Markdown, best first: those that went on by their mean LogMAE over the tuning days, the others
-    after them."""
+    """Every trial in Markdown, best first: the finalists by their mean LogMAE over the tuning days and seeds, the others
+    after them by the one that they have."""
     import polars as pl
 
     days = table["window_end"].unique(maintain_order=True).to_list()
     order = {model: n for n, model in enumerate(("mtmd", *CONTENDERS))}
-    wide = table.pivot("window_end", index=["model", "trial"], values="logmae", maintain_order=True)
-    columns = [str(day) for day in days]
-    ranked = wide.with_columns(
-        pl.col("model").replace_strict(order, return_dtype=pl.Int64).alias("order"),
-        pl.sum_horizontal(pl.col(columns).is_null()).alias("lacks"),
-        pl.mean_horizontal(columns).alias("mean"),
-    ).sort("order", "lacks", "mean")
+    of_day = [pl.col("logmae").filter(pl.col("window_end") == day).mean().alias(str(day)) for day in days]
+    ranked = (
+        table.group_by("model", "trial", maintain_order=True)
+        .agg(pl.len().alias("trainings"), *of_day)
+        .with_columns(
+            pl.col("model").replace_strict(order, return_dtype=pl.Int64).alias("order"),
+            pl.mean_horizontal(map(str, days)).alias("mean"),
+        )
+        .sort("order", "trainings", "mean", descending=[False, True, False])
+    )
     rows = [
-        [r["model"], r["trial"], "" if r["lacks"] else f"{r['mean']:.4f}"]
-        + ["" if r[day] is None else f"{r[day]:.4f}" for day in columns]
+        [r["model"], r["trial"], str(r["trainings"])]
+        + ["" if r[column] is None else f"{r[column]:.4f}" for column in ("mean", *map(str, days))]
         for r in ranked.iter_rows(named=True)
     ]
-    return markdown_table(["model", "trial", "mean LogMAE", *columns], rows)
+    return markdown_table(["model", "trial", "trainings", "mean LogMAE", *map(str, days)], rows)

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -204,26 +203,45 @@ def test_a_second_writing_replaces_the_section_and_keeps_others(studied):
     assert "kept" in text
 
 
-def test_tuning_runs_as_many_trials_of_each_and_ranks_them(studied, capsys):
+def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_and_seed(studied, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        small = {"max_epochs": 1, "batch_size": 2048, "preset": "small"}
-        both = {"start": Change("mtmd", training=small), "other": Change("mtmd", training={**small, "dropout": 0.5})}
-        of_model = {m: {n: replace(c, architecture=m) for n, c in both.items()} for m in ("mtmd", "pooled_towers")}
-        patch.setattr(tuning, "trials", lambda platform, model: of_model[model])
+        small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
+        changes = {"start": {}, "dropout": {"dropout": 0.5}, "rate": {"learning_rate": 1e-4}}
+        patch.setattr(tuning, "start", lambda platform, model: small)
+        patch.setattr(tuning, "singles", lambda platform, model: changes)
         patch.setattr(tuning, "FINALISTS", 1)
         patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
         assert study.tune(studied.site, ["mtmd", "pooled_towers"], studied.run_step, quiet) == 0
-    rows = query(studied, "SELECT model, trial, window_start, window_end, logmae FROM trials ORDER BY ALL")
-    assert len(rows) == 6, "two trials of each model on the last tuning day, the better one on the other"
+    rows = query(
+        studied, "SELECT model, trial, seed, window_end, logmae, window_start, config FROM trials ORDER BY ALL"
+    )
+    assert {r[5] for r in rows} == {date(2026, 1, 1)}
+    late, early = date(2026, 1, 3), date(2026, 1, 2)
     for model in ("mtmd", "pooled_towers"):
-        last = {r[1]: r[4] for r in rows if (r[0], r[3]) == (model, date(2026, 1, 3))}
-        assert np.isfinite(list(last.values())).all()
-        [finalist] = [r[1] for r in rows if (r[0], r[3]) == (model, date(2026, 1, 2))]
-        assert len(last) == 2
-        assert last[finalist] == min(last.values())
-    assert {r[2] for r in rows} == {date(2026, 1, 1)}
+        first = {r[1]: r[4] for r in rows if r[0] == model and r[2:4] == (0, late)}
+        pair = " + ".join(sorted(("dropout", "rate"), key=first.__getitem__))
+        assert first.keys() == {*changes, pair}
+        assert len(set(first.values())) == 4, "four different trainings"
+        [config] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, pair)][:1]
+        assert (config["model"]["dropout"], config["optimiser"]["learning_rate"]) == (0.5, 1e-4)
+        others = {r[1:4] for r in rows if r[0] == model and r[2:4] != (0, late)}
+        best = min(first, key=first.__getitem__)
+        assert others == {(best, 1, late), (best, 0, early), (best, 1, early)}
     printed = capsys.readouterr().out
     assert printed.index("| mtmd") < printed.index("| pooled_towers")
+    finalist = next(line for line in printed.splitlines() if line.startswith("| mtmd"))
+    assert finalist.split("|")[3].strip() == "4", "the finalist is first, with its four trainings"
+
+
+def test_changes_of_one_setting_are_not_joined():
+    changes = {"start": {}, "a": {"x": 1}, "b": {"x": 2}, "c": {"y": 1}, "d": {"z": 1}, "e": {"w": 1}}
+    found = tuning.joined(changes, ["b", "start", "a", "d", "c", "e"])
+    assert found == {
+        "b + d": {"x": 2, "z": 1},
+        "b + c": {"x": 2, "y": 1},
+        "d + c": {"z": 1, "y": 1},
+        "b + d + c": {"x": 2, "z": 1, "y": 1},
+    }
 
 
 @pytest.mark.parametrize("preset", tuning.PRESETS)
@@ -231,8 +249,12 @@ def test_every_model_has_equally_many_trials_and_all_differ(preset):
     adworld = shipped_platform("adworld")
     platform = adworld.model_copy(update={"training": adworld.training.model_copy(update={"preset": preset})})
     for model in ("mtmd", *CONTENDERS):
-        configs = {str(contenders.train_config(platform, c)) for c in tuning.trials(platform, model).values()}
-        assert len(configs) == len(tuning.trials(platform, model)) == 10
+        changes = tuning.singles(platform, model)
+        start = tuning.start(platform, model)
+        configs = {
+            str(contenders.train_config(platform, Change(model, training={**start, **c}))) for c in changes.values()
+        }
+        assert len(configs) == len(changes) == 10
 
 
 def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):
