@@ -285,6 +285,9 @@ class Training(Frozen):
     """How fast a domain's expert leaves the one common to all, as a share of the learning rate; null: unrelated."""
     slice_balance: Number = Field(0.0, ge=0, le=1)
     """How far small slices are weighed up in the loss: 0 not at all, 1 until all slices count alike."""
+    id_dropout: Number = Field(0.0, ge=0, lt=1)
+    """How often training takes an id of an open-ended feature for an unknown one, against learning users and items by
+    heart."""
     seed: Seed = 0
     block_rows: Integer | None = Field(None, gt=0)
     """Rows held in memory at a time, twice, of a window that is too large for it; null holds them all."""
@@ -314,6 +317,7 @@ class Contender(Frozen):
     weight_decay: Number | None = Field(None, ge=0)
     dropout: Number | None = Field(None, ge=0, lt=1)
     slice_balance: Number | None = Field(None, ge=0, le=1)
+    id_dropout: Number | None = Field(None, ge=0, lt=1)
     experts: Integer | None = Field(None, gt=0)
     """Of a tower of `mmoe_dcn`."""
 

@@ -196,7 +196,7 @@ def _settings(config: dict[str, Any]) -> str:
     return (
         f"widths {'/'.join(map(str, widths))}, batch {config['batch_size']}, learning rate "
         f"{config['optimiser']['learning_rate']:g}, weight decay {config['optimiser']['weight_decay']:g}, "
-        f"dropout {config['model']['dropout']:g}, slice balance {config['slice_balance']:g}"
+        f"dropout {config['model']['dropout']:g}, slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}"
     )
 
 

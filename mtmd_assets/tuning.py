@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets import model_store
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 JUDGED_ROWS = 67
 """Cells with at least this many rows on a tuning day are judged: a third of the 200 of three evaluation days."""
 
-JOINED = 3
-"""Single changes that are joined, in pairs and all."""
+JOINED = 5
+"""Single changes that are joined at most: the best two, the best three …"""
 FINALISTS = 3
 """Trials of a model that go on to the other tuning days and to `SEEDS`."""
 SEEDS = (0, 1)
@@ -41,6 +40,7 @@ START: Mapping[str, Any] = {
     "dropout": 0.0,
     "deviation": 0.1,
     "slice_balance": 0.5,
+    "id_dropout": 0.0,
 }
 """Where every search starts; the batch, the passes and the size are the platform's own."""
 PRESETS = ("small", "half", "paper")
@@ -48,12 +48,12 @@ LARGER = ("pooled_towers", "mmoe_dcn")
 """Models that start one preset larger: without an expert a domain they have a fraction of MTMD's parameters."""
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "start": {},
-    "learning rate 1e-3": {"learning_rate": 1e-3},
     "learning rate 4e-3": {"learning_rate": 4e-3},
     "weight decay 0.1": {"weight_decay": 0.1},
     "weight decay 0.3": {"weight_decay": 0.3},
     "slice balance 0": {"slice_balance": 0.0},
     "slice balance 0.2": {"slice_balance": 0.2},
+    "id dropout 0.3": {"id_dropout": 0.3},
 }
 """Trials of every model, by what they change; three more are in `singles`."""
 
@@ -80,7 +80,8 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
 
 
 def joined(changes: Mapping[str, Mapping[str, Any]], ranked: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """The second round: the best `JOINED` changes, no two of one setting, by twos and more.
+    """The second round: the best change joined with the next best, then with the next but one too, up to `JOINED`; no two
+    are of one setting.
 
     Args:
         changes: the first round's.
@@ -91,7 +92,7 @@ def joined(changes: Mapping[str, Mapping[str, Any]], ranked: Sequence[str]) -> d
         taken = {setting for other in best for setting in changes[other]}
         if len(best) < JOINED and changes[name] and taken.isdisjoint(changes[name]):
             best.append(name)
-    groups = [group for size in range(2, len(best) + 1) for group in combinations(best, size)]
+    groups = [best[:size] for size in range(2, len(best) + 1)]
     return {" + ".join(group): {k: v for name in group for k, v in changes[name].items()} for group in groups}
 
 

@@ -16,6 +16,10 @@ from mtmd_model.domain_adaptation import Adapted
 from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm, short_projection
 from mtmd_model.partial_pooling import Counterpart
 
+GATE_SCALE = 0.1
+"""Of the routing layer's logits. AdamW moves every weight at one rate: unscaled, gates leave equality at the rate at
+which experts learn, by the noise of the first batches."""
+
 
 @dataclass(frozen=True)
 class ExpertOutput:
@@ -58,6 +62,10 @@ class DomainExpert(nn.Module):
         self.cross = LowRankCross(tasks, d_mixed, config.cross_layers, rank)
         self.project = nn.ModuleList(short_projection(d_mixed, width) for width in widths)
 
+        if self.router is not None and self.router.out is not None:
+            # experts are weighed equally until there is evidence
+            nn.init.zeros_(self.router.out.weight)
+            nn.init.zeros_(self.router.out.bias)
         if self.shallow is not None:
             # emb_shallow starts short too
             with torch.no_grad():
@@ -123,4 +131,5 @@ class DomainExpert(nn.Module):
         if self.router is None:
             return own_BD.new_full((self.tasks, len(own_BD), len(self.mixed)), 1 / len(self.mixed))
         with torch.autocast(own_BD.device.type, enabled=False):
-            return self.router(own_BD.to(torch.promote_types(own_BD.dtype, torch.float32))).softmax(-1)
+            logits_TBE = self.router(own_BD.to(torch.promote_types(own_BD.dtype, torch.float32)))
+            return (GATE_SCALE * logits_TBE).softmax(-1)

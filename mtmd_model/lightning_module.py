@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtmd_model.batch import Batch
+from mtmd_model.id_dropout import IdDropout
 from mtmd_model.loss import kl_divergence, kl_loss
 from mtmd_model.metrics import FLOOR
 from mtmd_model.partial_pooling import PartialPooling
@@ -78,11 +79,19 @@ class RankerModule(L.LightningModule):
         model: any two-tower ranker.
         optimiser: AdamW and its learning rate.
         slice_factor_SP: (S, P) factors of the rows' weights in the losses (`slice_balance`); 1 if None.
+        id_dropout: probability that training takes a known id for an unknown one (`id_dropout`).
     """
 
-    def __init__(self, model: TwoTower, optimiser: OptimiserConfig, slice_factor_SP: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: TwoTower,
+        optimiser: OptimiserConfig,
+        slice_factor_SP: Tensor | None = None,
+        id_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.id_dropout = IdDropout(model.schema, id_dropout)
         self.optimiser = optimiser
         self.history: list[dict[str, Any]] = []
         """One entry an epoch: epoch, train_loss, validation_loss, validation_logmae."""
@@ -108,7 +117,7 @@ class RankerModule(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The batch's loss, a scalar."""
         weight_B = batch.weight * self.slice_factor_S[self._slice(batch)]
-        loss = kl_loss(self.model(batch).float(), batch.labels, weight_B, self.task_weight_T)
+        loss = kl_loss(self.model(self.id_dropout(batch)).float(), batch.labels, weight_B, self.task_weight_T)
         weight = weight_B.sum()
         self.train_sum += torch.stack([loss.detach() * weight, weight])
         return loss

@@ -3,7 +3,8 @@
 A domain with few rows cannot learn millions of weights, and its embeddings have to meet those of the other tower,
 which learns from every domain. So theta_d = theta_0 + delta_d for each of its weights: theta_0 follows the sum of all
 domains' gradients at the full learning rate, delta_d its own domain's at a share of it, from zero. Share 0 is one
-expert for all domains (each with its own statistics), a large one the unrelated experts of the paper.
+expert for all domains (each with its own statistics), a large one the unrelated experts of the paper. Deviations learn
+slower but decay as fast as the common weights: what a domain's rows do not keep asking for goes back to zero.
 
 It is a way to train. The model holds the sums only, and is the paper's when it is stored and when it serves.
 
@@ -79,7 +80,9 @@ class PartialPooling(torch.optim.Optimizer):
                     self.blocks.append(block)
                     decay = group["weight_decay"]
                     inner.append({"params": [block.common], "weight_decay": decay, "share": 1.0})
-                    inner.append({"params": block.deviations, "weight_decay": decay, "share": share})
+                    # AdamW multiplies the decay by the learning rate, of which deviations have a share
+                    of_deviations = decay / share if share else 0.0
+                    inner.append({"params": block.deviations, "weight_decay": of_deviations, "share": share})
             alone = [p for p in group["params"] if id(p) not in pooled]
             if alone:
                 inner.append({"params": alone, "weight_decay": group["weight_decay"], "share": 1.0})

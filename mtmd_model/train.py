@@ -50,6 +50,8 @@ class TrainConfig:
     """Share of the training rows to learn from, drawn by the seed; validation takes all."""
     slice_balance: float = 0.0
     """How far small slices are weighed up in the loss (`slice_balance`): 0 not at all, 1 until all count alike."""
+    id_dropout: float = 0.0
+    """Probability that an open-ended feature's id counts as unknown in training (`id_dropout`)."""
     batch_size: int = 4096
     """Largest number of rows of a batch."""
     block_rows: int | None = None
@@ -88,6 +90,8 @@ class TrainConfig:
             raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate!r}")
         if not 0 <= self.slice_balance <= 1:
             raise ValueError(f"slice_balance must be in [0, 1], got {self.slice_balance!r}")
+        if not 0 <= self.id_dropout < 1:
+            raise ValueError(f"id_dropout must be in [0, 1), got {self.id_dropout!r}")
         if not 0 <= self.gradient_clip < math.inf:
             raise ValueError(f"gradient_clip must be 0 or more, got {self.gradient_clip!r}")
         if self.accelerator not in ("auto", "cpu", "gpu"):
@@ -170,7 +174,8 @@ def train(
         # one pass for both: the window may lie in its files
         blocks = (_weigh(block, weight_SP) for block in data.blocks(data.window))
         model.bias.set(slice_logits(blocks, encoder, model.constrained))
-        module = RankerModule(model, config.optimiser, slice_factors(weight_SP, config.slice_balance))
+        factors = slice_factors(weight_SP, config.slice_balance)
+        module = RankerModule(model, config.optimiser, factors, config.id_dropout)
         if config.compile:
             compile_parts(model, torch.device(accelerator))
         best = _BestEpoch(on_epoch)

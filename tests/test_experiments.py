@@ -238,9 +238,8 @@ def test_changes_of_one_setting_are_not_joined():
     found = tuning.joined(changes, ["b", "start", "a", "d", "c", "e"])
     assert found == {
         "b + d": {"x": 2, "z": 1},
-        "b + c": {"x": 2, "y": 1},
-        "d + c": {"z": 1, "y": 1},
         "b + d + c": {"x": 2, "z": 1, "y": 1},
+        "b + d + c + e": {"x": 2, "z": 1, "y": 1, "w": 1},
     }
 
 

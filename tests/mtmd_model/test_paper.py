@@ -51,7 +51,7 @@ def test_a_domain_expert_is_the_papers_formula(norm: Literal["pre", "post", "non
 
     task_shared, parts = layers(expert.deep_and_task_shared, 2, own), []
     for t, width in enumerate((4, 2)):
-        gate = F.softmax(layers(expert.router, t, own), -1)
+        gate = F.softmax(0.1 * layers(expert.router, t, own), -1)
         experts = (layers(expert.deep_and_task_shared, t, own), task_shared, shared)
         x = torch.cat([gate[:, [e]] * y for e, y in enumerate(experts)], -1)
 
@@ -132,13 +132,28 @@ def test_dropout_is_active_in_training_only():
 
 
 def test_gates_are_the_same_under_autocast():
-    expert: Any = DomainExpert((4, 2), d_own=9, d_key=5, config=TINY).eval()
+    expert: Any = noisy(DomainExpert((4, 2), d_own=9, d_key=5, config=TINY)).float()
     own, key, shared = torch.randn(11, 9), torch.randn(11, 5), torch.randn(11, 8)
     exact = expert(Adapted(own, key, own), shared).gates_TBE
     with torch.autocast("cpu", torch.bfloat16):
         gates = expert(Adapted(own, key, own), shared).gates_TBE
     assert gates.dtype == torch.float32
     assert torch.equal(gates, exact)
+
+
+def test_experts_are_weighed_equally_at_first_and_the_router_still_learns():
+    torch.manual_seed(0)
+    expert: Any = DomainExpert((4, 2), d_own=9, d_key=5, config=TINY)
+    own, key, shared = torch.randn(11, 9), torch.randn(11, 5), torch.randn(11, 8)
+    torch.testing.assert_close(expert.gates(own), torch.full((2, 11, 3), 1 / 3))
+    optimiser = torch.optim.AdamW(expert.parameters(), lr=0.01)
+    for _ in range(5):
+        optimiser.zero_grad()
+        expert(Adapted(own, key, own), shared).embedding_BW.square().sum().backward()
+        optimiser.step()
+    moved = expert.gates(own) - 1 / 3
+    assert moved.abs().max() > 1e-4
+    assert moved.std(1).max() > 1e-5, "a weight a row"
 
 
 def test_no_rows_give_no_vectors():

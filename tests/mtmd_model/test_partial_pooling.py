@@ -59,6 +59,19 @@ def test_deviations_decay_towards_the_common_part():
     assert abs((wide[0] - narrow[0]).item()) < 0.5 * abs(gap)
 
 
+def test_deviations_decay_as_fast_as_the_common_part_though_they_learn_slower():
+    (wide, narrow, alone), optimiser = pair(share=0.1, lr=1e-3, decay=100.0)
+    block = optimiser.blocks[0]
+    with torch.no_grad():
+        block.common.fill_(1.0)
+        for deviation in block.deviations:
+            deviation.fill_(1.0)
+    wide.grad, narrow.grad, alone.grad = torch.zeros(3), torch.zeros(2), torch.zeros(1)
+    optimiser.step()
+    torch.testing.assert_close(block.common.data, torch.full((3,), 0.9))
+    torch.testing.assert_close(block.deviations[0].data, torch.full((3,), 0.9))
+
+
 def test_the_learning_rate_follows_the_schedule():
     (wide, _, _), optimiser = pair(share=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5**step)
@@ -115,12 +128,12 @@ def test_weights_correspond_by_task_and_feature(write):
 def test_with_share_zero_domains_stay_equal_and_learn(write):
     model, batch, _ = mtmd(write)
     optimiser = optimiser_of(model, share=0.0)
-    start = model.query_tower.expert["=home"].router.linears[0].bias.clone()
+    start = model.query_tower.expert["=home"].deep_and_task_shared.linears[0].bias.clone()
     for _ in range(3):
         optimiser.zero_grad()
         model(batch)[:, 0].square().mean().backward()
         optimiser.step()
-    home, search = (model.query_tower.expert[f"={d}"].router.linears[0].bias for d in ("home", "search"))
+    home, search = (model.query_tower.expert[f"={d}"].deep_and_task_shared.linears[0].bias for d in ("home", "search"))
     assert torch.equal(home[0], search[0])
     assert not torch.equal(home, start)
 
@@ -131,5 +144,5 @@ def test_with_a_share_domains_part(write):
     optimiser.zero_grad()
     model(batch)[:, 0].square().mean().backward()
     optimiser.step()
-    home, search = (model.query_tower.expert[f"={d}"].router.linears[0].bias for d in ("home", "search"))
+    home, search = (model.query_tower.expert[f"={d}"].deep_and_task_shared.linears[0].bias for d in ("home", "search"))
     assert not torch.equal(home[0], search[0])
