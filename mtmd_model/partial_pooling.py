@@ -107,6 +107,23 @@ class PartialPooling(torch.optim.Optimizer):
             block.write()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimiser's, with AdamW's moments and each block's common weights and deviations."""
+        blocks = [[block.common.detach(), *(d.detach() for d in block.deviations)] for block in self.blocks]
+        return {**super().state_dict(), "inner": self.inner.state_dict(), "blocks": blocks}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the domains' parameters are written anew."""
+        own = dict(state_dict)
+        inner, blocks = own.pop("inner"), own.pop("blocks")
+        super().load_state_dict(own)
+        self.inner.load_state_dict(inner)
+        for block, values in zip(self.blocks, blocks, strict=True):
+            for parameter, value in zip([block.common, *block.deviations], values, strict=True):
+                parameter.copy_(value)
+            block.write()
+
 
 @dataclass(frozen=True)
 class _Part:

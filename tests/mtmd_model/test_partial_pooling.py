@@ -1,5 +1,7 @@
 """Partial pooling of the domain experts in training."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -146,3 +148,26 @@ def test_with_a_share_domains_part(write):
     optimiser.step()
     home, search = (model.query_tower.expert[f"={d}"].deep_and_task_shared.linears[0].bias for d in ("home", "search"))
     assert not torch.equal(home[0], search[0])
+
+
+def test_it_goes_on_from_its_state_as_if_never_stopped(write):
+    model, batch, _ = mtmd(write)
+    optimiser = optimiser_of(model, share=0.5)
+
+    def steps(model: MTMD, optimiser: PartialPooling, count: int) -> None:
+        for _ in range(count):
+            optimiser.zero_grad()
+            model(batch).square().mean().backward()
+            optimiser.step()
+
+    steps(model, optimiser, 2)
+    kept = copy.deepcopy((model.state_dict(), optimiser.state_dict()))
+    steps(model, optimiser, 2)
+
+    again, _, _ = mtmd(write)
+    resumed = optimiser_of(again, share=0.5)
+    again.load_state_dict(kept[0])
+    resumed.load_state_dict(kept[1])
+    steps(again, resumed, 2)
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
