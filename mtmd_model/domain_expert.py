@@ -30,6 +30,12 @@ class ExpertOutput:
     gates_TBE: Tensor
     """The experts' weights, in the order of `MTMDConfig.mixed`."""
 
+    def first(self, rows: int) -> "ExpertOutput":
+        """Of the first rows only."""
+        if rows == len(self.embedding_BW):
+            return self  # the gradient of a slice is a copy
+        return ExpertOutput(self.embedding_BW[:rows], self.gates_TBE[:, :rows])
+
 
 class DomainExpert(nn.Module):
     """emb_deep = W DCN(LayerNorm(g_1 deep ∥ g_2 task_shared ∥ g_3 domain_shared)), and emb_shallow beside it.
@@ -76,9 +82,9 @@ class DomainExpert(nn.Module):
     def forward(self, x: Adapted, domain_shared_BH: Tensor) -> ExpertOutput:
         """The adapted rows and the tower's shared expert's output for them."""
         gates_TBE = self.gates(x.own_BD)
-        # the gates stay in fp32 where the experts are bf16: one in bf16 has three digits
-        weights = gates_TBE.split(1, -1)
         outputs = self._outputs(x.own_BD, domain_shared_BH)
+        # in the experts' type: products of bf16 and fp32 would make the cross layers fp32, at twice the time
+        weights = gates_TBE.to(outputs[0].dtype).split(1, -1)
         mixed_TBM = torch.cat([g_TB1 * output for g_TB1, output in zip(weights, outputs, strict=True)], -1)
 
         pre = self.norm_place == "pre"

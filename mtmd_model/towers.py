@@ -3,11 +3,13 @@
 Shapes: B rows of a batch, T tasks, D width of a task's embedding.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtmd_model.batch import TowerInput
@@ -20,6 +22,10 @@ from mtmd_model.ffn import FFN
 from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import tasks_of
+
+FILLED = 64
+"""In bf16 on a CPU a domain's rows are filled up to a multiple of it: oneDNN prepares a product anew for every number of
+rows, which takes longer than the product."""
 
 
 def module_key(name: str) -> str:
@@ -93,11 +99,16 @@ class Tower(nn.Module):
 
         counts = list(groups.counts)
         blocks = zip(self.domains, dense_BF.split(counts), embedded_BW.split(counts), strict=True)
-        adapted = {d: self.adaptation[module_key(d)](dense, embedded) for d, dense, embedded in blocks if len(dense)}
+        adapted = {
+            d: self.adaptation[module_key(d)](*self._filled(dense, embedded))
+            for d, dense, embedded in blocks
+            if len(dense)
+        }
         common_BS = torch.cat([a.common_BS for a in adapted.values()])
         shared_BH = common_BS[:, :0] if self.domain_shared is None else self.domain_shared(common_BS)
-        shared = dict(zip(adapted, shared_BH.split([n for n in counts if n]), strict=True))
-        outputs = {d: self.expert[module_key(d)](adapted[d], shared[d]) for d in adapted}
+        shared = dict(zip(adapted, shared_BH.split([len(a.own_BD) for a in adapted.values()]), strict=True))
+        rows = dict(zip(self.domains, counts, strict=True))
+        outputs = {d: self.expert[module_key(d)](adapted[d], shared[d]).first(rows[d]) for d in adapted}
 
         sorted_BW = torch.cat([self._all_tasks(d, out.embedding_BW) for d, out in outputs.items()])
         embedding_BW = _Permute.apply(sorted_BW, groups.inverse_B, groups.order_B)
@@ -136,6 +147,15 @@ class Tower(nn.Module):
             }
             for domain in self.domains
         }
+
+    def _filled(self, dense_BF: Tensor, embedded_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, on a CPU in bf16 with rows of nothing after them up to a multiple of `FILLED`."""
+        if dense_BF.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return dense_BF, embedded_BW
+        lack = (0, 0, 0, -len(dense_BF) % FILLED)
+        # missing values are in no statistics; behind the norm that all domains share a number has to stand
+        missing = math.nan if self.norm is None else 0.0
+        return F.pad(dense_BF, lack, value=missing), F.pad(embedded_BW, lack)
 
     def _all_tasks(self, domain: str, embedding_BW: Tensor) -> Tensor:
         """A domain's embeddings among zeros for the tasks it lacks, so that all domains have one width."""

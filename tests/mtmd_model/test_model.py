@@ -18,7 +18,7 @@ from mtmd_model.loss import kl_loss
 from mtmd_model.mtmd import MTMD, MTMDConfig
 from mtmd_model.schema import Feature, Schema, Task
 from mtmd_model.squeeze_excitation import SqueezeExcitation
-from mtmd_model.towers import _Permute
+from mtmd_model.towers import FILLED, _Permute
 from mtmd_model.two_tower import count_parameters, dot_products
 from tests.mtmd_model.sample import PRODUCTS, SURFACES, assert_gradients_are_slopes, examples, platform
 
@@ -136,6 +136,36 @@ def test_the_order_of_rows_does_not_matter(encoder: Encoder):
     order = torch.randperm(200)
     torch.testing.assert_close(model(batch.select(order)), model(batch)[order])
     torch.testing.assert_close(model(batch.prepare(3, 2)), model(batch))
+
+
+@pytest.mark.parametrize("domain_norm", [True, False])
+def test_rows_filled_up_for_bf16_leave_no_trace(encoder: Encoder, domain_norm: bool):
+    config = replace(TINY, domain_norm=domain_norm)
+    batch = encoder.encode(examples(200))
+    counts = torch.bincount(batch.query.domain)
+    assert (counts % FILLED != 0).all(), "every domain is filled up"
+
+    def trained(bf16: bool) -> tuple[MTMD, torch.Tensor]:
+        torch.manual_seed(0)
+        model = MTMD(encoder.schema, encoder.rows, config).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(batch)
+        kl_loss(logits.float(), batch.labels, batch.weight, torch.ones(4)).backward()
+        return model, logits
+
+    (exact, logits), (filled, rough) = trained(False), trained(True)
+    torch.testing.assert_close(rough.float(), logits, atol=0.03, rtol=0.03)
+    buffers = dict(filled.named_buffers())
+    for name, value in exact.named_buffers():
+        if name.rpartition(".")[2] in ("count", "mean", "var"):
+            torch.testing.assert_close(buffers[name], value)
+    for (name, p), q in zip(exact.named_parameters(), filled.parameters(), strict=True):
+        if p.grad is not None:
+            assert q.grad is not None
+            assert (q.grad - p.grad).norm() <= 0.1 * p.grad.norm() + 1e-4, name
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = filled.query_tower(batch.query).gates
+    assert {d: g.shape[1] for d, g in gates.items()} == dict(zip(SURFACES, counts.tolist(), strict=True))
 
 
 def test_gates_are_a_softmax(encoder: Encoder):
