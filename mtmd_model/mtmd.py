@@ -6,6 +6,7 @@ Shapes: B rows, T tasks, S surfaces, P products, D width of a task's stored vect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtmd_model.batch import Batch, TowerInput
@@ -13,6 +14,7 @@ from mtmd_model.config import MTMDConfig
 from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.routing import routing_summary
 from mtmd_model.schema import Schema
+from mtmd_model.side_by_side import side_by_side
 from mtmd_model.towers import Tower
 from mtmd_model.two_tower import TwoTower
 
@@ -47,6 +49,31 @@ class MTMD(TwoTower):
     def embed_item(self, item: TowerInput) -> dict[str, Tensor]:
         """Task -> (B, D), the vectors to store: emb_deep ∥ emb_shallow ∥ the product, one-hot."""
         return self.bias.append_to_item(self.item_tower(item).embeddings, item.domain)
+
+    def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both sides' vectors of the same rows; in training on a CPU both towers at once (`side_by_side`)."""
+        if not self._at_once(batch):
+            return super().embed(batch)
+        query, item = side_by_side(
+            lambda: list(self.query_tower(batch.query).embeddings.values()),
+            lambda: list(self.item_tower(batch.item).embeddings.values()),
+        )
+        names = self.query_tower.widths
+        return (
+            self.bias.append_to_query(dict(zip(names, query, strict=True)), batch.query.domain),
+            self.bias.append_to_item(dict(zip(names, item, strict=True)), batch.item.domain),
+        )
+
+    def _at_once(self, batch: Batch) -> bool:
+        """Whether the towers gain by it and may: dropout draws from one generator, and a process group hooks into one
+        pass backward."""
+        return (
+            batch.labels.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and torch.get_num_threads() > 1
+            and not self.config.dropout
+            and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        )
 
     def domains(self) -> list[list[dict[str, Counterpart]]]:
         """Each tower's domains, to be pooled in training."""
