@@ -55,14 +55,10 @@ class MTMD(TwoTower):
         if not self._at_once(batch):
             return super().embed(batch)
         query, item = side_by_side(
-            lambda: list(self.query_tower(batch.query).embeddings.values()),
-            lambda: list(self.item_tower(batch.item).embeddings.values()),
+            lambda: list(self.embed_query(batch.query).values()), lambda: list(self.embed_item(batch.item).values())
         )
         names = self.query_tower.widths
-        return (
-            self.bias.append_to_query(dict(zip(names, query, strict=True)), batch.query.domain),
-            self.bias.append_to_item(dict(zip(names, item, strict=True)), batch.item.domain),
-        )
+        return dict(zip(names, query, strict=True)), dict(zip(names, item, strict=True))
 
     def _at_once(self, batch: Batch) -> bool:
         """Whether the towers gain by it and may: dropout draws from one generator, and a process group hooks into one

@@ -70,8 +70,8 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train: `gpu` is a CUDA device, `auto` one if there is one. No other has float64."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Of the experts', cross layers' and projections' matrix products in training. Routing, dot products, losses and
-    weights stay in fp32, domain statistics and sums in float64; validation and predictions are fp32 throughout."""
+    """Of experts, cross layers and projections in training. Routers with their softmax, dot products, losses and weights
+    stay in fp32, domain statistics and sums in float64; validation and predictions are fp32 throughout."""
     compile: bool = False
     """Train with `torch.compile` (`compiled`), which takes minutes to build; with a warning without it where there is no
     compiler."""
