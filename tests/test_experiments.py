@@ -148,6 +148,25 @@ def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
     assert models == {*TRAINED, "no_cross"}
 
 
+def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
+    from mtmd_assets.assets import experiments
+
+    window, said = studied.site.platform.window(DAYS[0]), []
+
+    def kept():
+        with studied.site.warehouse.connect() as con:
+            return experiments._still_current(con, studied.site, window, DAYS[1], ["mtmd"], said.append)
+
+    others = "SELECT DISTINCT model_version FROM experiment_models WHERE ds = ? AND model != 'mtmd'"
+    assert {(version,) for version in kept()} == set(query(studied, others, DAYS[1]))
+    assert not said
+    monkeypatch.setitem(contenders.ABLATIONS, "no_routing", Change(model={"routing": False, "cross_layers": 1}))
+    assert not [version for version in kept() if "no_routing" in version]
+    assert "2 published models of other code, data or settings" in said[0]
+    monkeypatch.setattr(experiments.model_store, "code_version", lambda: "another")
+    assert kept() == []
+
+
 def test_a_day_without_its_window_is_withheld(studied):
     result = studied.run("experiments", date(2026, 1, 20))
     assert not result.success

@@ -44,7 +44,8 @@ class ExperimentConfig(dg.Config):
     """What to train."""
 
     models: list[str] = Field(default=["mtmd", *CONTENDERS])
-    """Names in `contenders.MODELS`; what is published of others stays."""
+    """Names in `contenders.MODELS`, beside mtmd; what is published of others stays if they would be trained the same
+    today."""
     seeds: int = 0
     """How many; 0 is what the platform file says."""
     workers: int = 0
@@ -128,6 +129,8 @@ def run_experiments(
 ) -> Iterator[dg.MaterializeResult]:
     """Train what is missing, score the day, publish it with what was published of other models.
 
+    Of these only what today's code, data and settings would make again: an ablation of another mtmd says nothing.
+
     Raises:
         Withheld: a day of the window, or the day itself, is not published.
         dagster.Failure: an unknown model.
@@ -138,12 +141,14 @@ def run_experiments(
     platform = site.platform
     window = platform.window(day - timedelta(1))
     verify_window(site, [*window, day])
+    models = list(dict.fromkeys(["mtmd", *config.models]))
     seeds = range(config.seeds or platform.experiments.seeds)
-    trained = train_models(site, window, config.models, seeds, config.workers, context.log.info)
+    trained = train_models(site, window, models, seeds, config.workers, context.log.info)
     with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
         create_evaluated(con, platform, site.warehouse, day)
         routing = _score(con, trained)
-        others = f"ds = '{day}' AND model NOT IN ({', '.join(sql.quoted(m) for m in config.models)})"
+        kept = _still_current(con, site, window, day, models, context.log.info)
+        others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
         stage.write(
             con,
             "experiment_predictions",
@@ -165,19 +170,17 @@ def run_experiments(
             day,
             f"FROM trained UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_models WHERE {others}",
         )
-        if "mtmd" in config.models:
-            stage.write_rows(con, "experiment_routing_metrics", day, routing)
+        stage.write_rows(con, "experiment_routing_metrics", day, routing)
         results: list[dg.MaterializeResult] = [
             dg.MaterializeResult(
                 asset_key=asset_key(platform, table),
                 metadata={
-                    "models": ", ".join(config.models),
+                    "models": ", ".join(models),
                     "seeds": len(seeds),
                     "preview": preview(con, f"SELECT * FROM {table} WHERE ds = '{day}'"),
                 },
             )
             for table in TABLES
-            if table != "experiment_routing_metrics" or "mtmd" in config.models
         ]
         stage.publish()
     yield from results
@@ -187,6 +190,16 @@ def train_models(
     site: Site, window: Sequence[date], models: Sequence[str], seeds: Sequence[int], workers: int, log: Any
 ) -> list[Trained]:
     """Every model with every seed on a window, the last day of which decides when to stop."""
+    # seed by seed, so that what an interrupted run leaves is whole tables of fewer seeds
+    jobs = _jobs(site, window, [(model, seed) for seed in seeds for model in models])
+    todo = [job for job in jobs.values() if not (job.folder / "manifest.json").is_file()]
+    log(f"{len(jobs) - len(todo)} of {len(jobs)} models are trained already")
+    train_all(todo, workers, log)
+    return [Trained(model, seed, job.name, job.folder) for (model, seed), job in jobs.items()]
+
+
+def _jobs(site: Site, window: Sequence[date], models: Sequence[tuple[str, int]]) -> dict[tuple[str, int], TrainJob]:
+    """(model, seed) -> its training, whose name stands for code, data and settings."""
     platform, warehouse = site.platform, site.warehouse
     files = {d: warehouse.path("joined_examples", d) for d in window}
     shared = {
@@ -194,31 +207,31 @@ def train_models(
         "schema": platform.model_schema.to_dict(),
         "code": model_store.code_version(),
     }
-    *fitted, stopped_on = window
-    found, jobs = [], []
-    # seed by seed, so that what an interrupted run leaves is whole tables of fewer seeds
-    for seed in seeds:
-        for model in models:
-            config = train_config(platform, change_of(platform, model), seed)
-            ingredients = json.dumps({**shared, "config": config.to_dict()}, sort_keys=True)
-            version = f"{window[-1]}-{model}-{seed}-{hashlib.sha256(ingredients.encode()).hexdigest()[:10]}"
-            folder = site.folder / "experiments" / version
-            found.append(Trained(model, seed, version, folder))
-            if not (folder / "manifest.json").is_file():
-                jobs.append(
-                    TrainJob(
-                        version,
-                        platform.model_schema,
-                        tuple(files[d] for d in fitted),
-                        (files[stopped_on],),
-                        config,
-                        folder,
-                        {"platform": platform.name, "window": [str(d) for d in window], "data": shared["data"]},
-                    )
-                )
-    log(f"{len(found) - len(jobs)} of {len(found)} models are trained already")
-    train_all(jobs, workers, log)
-    return found
+    manifest = {"platform": platform.name, "window": [str(d) for d in window], "data": shared["data"]}
+    *fitted, stopped_on = files.values()
+    jobs = {}
+    for model, seed in models:
+        config = train_config(platform, change_of(platform, model), seed)
+        ingredients = json.dumps({**shared, "config": config.to_dict()}, sort_keys=True)
+        version = f"{window[-1]}-{model}-{seed}-{hashlib.sha256(ingredients.encode()).hexdigest()[:10]}"
+        folder = site.folder / "experiments" / version
+        jobs[model, seed] = TrainJob(
+            version, platform.model_schema, tuple(fitted), (stopped_on,), config, folder, manifest
+        )
+    return jobs
+
+
+def _still_current(
+    con: "DuckDBPyConnection", site: Site, window: Sequence[date], day: date, replaced: Sequence[str], log: Any
+) -> list[str]:
+    """Versions among the day's published models, besides those that are replaced, that would be trained alike today."""
+    published = con.execute("SELECT model, seed, model_version FROM experiment_models WHERE ds = ?", [day]).fetchall()
+    others = {(m, seed): version for m, seed, version in published if m in MODELS and m not in replaced}
+    jobs = _jobs(site, window, list(others)) if others else {}
+    kept = [job.name for key, job in jobs.items() if job.name == others[key]]
+    if len(kept) < len(others):
+        log(f"{day}: {len(others) - len(kept)} published models of other code, data or settings are left out")
+    return kept
 
 
 def _score(con: "DuckDBPyConnection", trained: Sequence[Trained]) -> list[dict[str, Any]]:
