@@ -141,23 +141,28 @@ def test_improvements_equal_a_computation_by_hand(studied):
 def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
     folders = sorted((studied.site.folder / "experiments").iterdir())
     before = {f: (f / "model.safetensors").stat().st_mtime_ns for f in folders}
-    config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd", "no_cross"], "seeds": 2}}}}
+    config = {"ops": {"adworld_train_and_score": {"config": {"models": ["no_cross"], "seeds": 1}}}}
     studied.run_step("experiments", DAYS[1], config=config)
     assert {f: (f / "model.safetensors").stat().st_mtime_ns for f in before} == before
-    models = {m for (m,) in query(studied, "SELECT DISTINCT model FROM experiment_predictions WHERE ds = ?", DAYS[1])}
-    assert models == {*TRAINED, "no_cross"}
+    models = query(
+        studied, "SELECT DISTINCT model, seed FROM experiment_predictions WHERE ds = ? ORDER BY ALL", DAYS[1]
+    )
+    assert models == sorted([*((m, seed) for m in TRAINED for seed in (0, 1)), ("no_cross", 0)])
+    routed = query(studied, "SELECT DISTINCT seed FROM experiment_routing_metrics WHERE ds = ? ORDER BY ALL", DAYS[1])
+    assert routed == [(0,), (1,)]
 
 
 def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
     from mtmd_assets.assets import experiments
 
     window, said = studied.site.platform.window(DAYS[0]), []
+    again = [experiments.Trained("mtmd", 0, "", studied.site.folder)]
 
     def kept():
         with studied.site.warehouse.connect() as con:
-            return experiments._still_current(con, studied.site, window, DAYS[1], ["mtmd"], said.append)
+            return experiments._still_current(con, studied.site, window, DAYS[1], again, said.append)
 
-    others = "SELECT DISTINCT model_version FROM experiment_models WHERE ds = ? AND model != 'mtmd'"
+    others = "SELECT DISTINCT model_version FROM experiment_models WHERE ds = ? AND (model != 'mtmd' OR seed != 0)"
     assert {(version,) for version in kept()} == set(query(studied, others, DAYS[1]))
     assert not said
     monkeypatch.setitem(contenders.ABLATIONS, "no_routing", Change(model={"routing": False, "cross_layers": 1}))

@@ -44,8 +44,8 @@ class ExperimentConfig(dg.Config):
     """What to train."""
 
     models: list[str] = Field(default=["mtmd", *CONTENDERS])
-    """Names in `contenders.MODELS`, beside mtmd; what is published of others stays if they would be trained the same
-    today."""
+    """Names in `contenders.MODELS`, beside mtmd; what is published of others, and of further seeds, stays if they would
+    be trained the same today."""
     seeds: int = 0
     """How many; 0 is what the platform file says."""
     workers: int = 0
@@ -135,6 +135,8 @@ def run_experiments(
         Withheld: a day of the window, or the day itself, is not published.
         dagster.Failure: an unknown model.
     """
+    import pyarrow as pa
+
     unknown = [m for m in config.models if m not in MODELS]
     if unknown:
         raise dg.Failure(f"models: {unknown} are none of {', '.join(MODELS)}", allow_retries=False)
@@ -147,7 +149,7 @@ def run_experiments(
     with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
         create_evaluated(con, platform, site.warehouse, day)
         routing = _score(con, trained)
-        kept = _still_current(con, site, window, day, models, context.log.info)
+        kept = _still_current(con, site, window, day, trained, context.log.info)
         others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
         stage.write(
             con,
@@ -170,7 +172,13 @@ def run_experiments(
             day,
             f"FROM trained UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_models WHERE {others}",
         )
-        stage.write_rows(con, "experiment_routing_metrics", day, routing)
+        con.register("routed", pa.Table.from_pylist(routing))
+        stage.write(
+            con,
+            "experiment_routing_metrics",
+            day,
+            f"FROM routed UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_routing_metrics WHERE {others}",
+        )
         results: list[dg.MaterializeResult] = [
             dg.MaterializeResult(
                 asset_key=asset_key(platform, table),
@@ -222,11 +230,12 @@ def _jobs(site: Site, window: Sequence[date], models: Sequence[tuple[str, int]])
 
 
 def _still_current(
-    con: "DuckDBPyConnection", site: Site, window: Sequence[date], day: date, replaced: Sequence[str], log: Any
+    con: "DuckDBPyConnection", site: Site, window: Sequence[date], day: date, trained: Sequence[Trained], log: Any
 ) -> list[str]:
-    """Versions among the day's published models, besides those that are replaced, that would be trained alike today."""
+    """Versions among the day's other published models and seeds that would be trained alike today."""
     published = con.execute("SELECT model, seed, model_version FROM experiment_models WHERE ds = ?", [day]).fetchall()
-    others = {(m, seed): version for m, seed, version in published if m in MODELS and m not in replaced}
+    replaced = {(t.model, t.seed) for t in trained}
+    others = {(m, seed): version for m, seed, version in published if m in MODELS and (m, seed) not in replaced}
     jobs = _jobs(site, window, list(others)) if others else {}
     kept = [job.name for key, job in jobs.items() if job.name == others[key]]
     if len(kept) < len(others):
