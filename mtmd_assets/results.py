@@ -89,7 +89,9 @@ def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date,
         [first, last],
     ).fetchall()
     [(seeds, rows)] = con.execute(
-        "SELECT max(seeds), sum(rows) FILTER (bucket IS NULL AND surface IS NOT NULL AND task = $task AND contender = (SELECT min(contender) FROM improvements)) FROM improvements",
+        """SELECT max(seeds), max(rows) FROM (
+            SELECT max(seeds) AS seeds, sum(rows) FILTER (bucket IS NULL AND surface IS NOT NULL AND task = $task) AS rows
+            FROM improvements GROUP BY contender)""",
         {"task": site.platform.task_names[0]},
     ).fetchall()
     spans = ", ".join(f"{start} to {end}" for start, end in windows)

@@ -197,6 +197,8 @@ def test_the_document_says_what_the_tables_say(studied):
     )
     assert f"| pooled_towers | {mean:+.1%} [" in text
     assert text.count("| search | shopping |") >= 3
+    [(impressions,)] = query(studied, "SELECT count(*) FROM joined_examples WHERE ds >= ?", DAYS[0])
+    assert f"({impressions:,} impressions)" in text
     [(cells,)] = query(
         studied,
         """SELECT count(*) FROM improvements
