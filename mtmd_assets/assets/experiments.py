@@ -235,8 +235,8 @@ def _still_current(
     """Versions among the day's other published models and seeds that would be trained alike today."""
     published = con.execute("SELECT model, seed, model_version FROM experiment_models WHERE ds = ?", [day]).fetchall()
     replaced = {(t.model, t.seed) for t in trained}
-    others = {(m, seed): version for m, seed, version in published if m in MODELS and (m, seed) not in replaced}
-    jobs = _jobs(site, window, list(others)) if others else {}
+    others = {(m, seed): version for m, seed, version in published if (m, seed) not in replaced}
+    jobs = _jobs(site, window, [key for key in others if key[0] in MODELS]) if others else {}
     kept = [job.name for key, job in jobs.items() if job.name == others[key]]
     if len(kept) < len(others):
         log(f"{day}: {len(others) - len(kept)} published models of other code, data or settings are left out")
