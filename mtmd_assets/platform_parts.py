@@ -333,6 +333,8 @@ class Experiments(Frozen):
     """Ablations are trained for the last so many evaluation days only, and compared on these; all if left out."""
     tuning_days: tuple[Day, ...] = ()
     """Days on which settings are judged, all before the evaluation days."""
+    tuned_epochs: tuple[Annotated[Integer, Field(gt=0)], ...] = ()
+    """Passes that the search tries, beginning with the first; if left out it leaves `training.max_epochs` alone."""
     contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(default_factory=dict)
     """Each contender's own settings."""
 

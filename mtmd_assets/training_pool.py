@@ -4,13 +4,19 @@ A model of this size spends its time between small matrix products: two of them 
 after the other on two threads, and one thread gives the same numbers on any number of cores.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mtmd_assets import model_store
+from mtmd_assets.home import Site
 
 if TYPE_CHECKING:
     from mtmd_model.schema import Schema
@@ -28,6 +34,31 @@ class TrainJob:
     config: "TrainConfig"
     folder: Path
     manifest: Mapping[str, Any]
+
+
+def training_jobs(site: Site, window: Sequence[date], configs: Mapping[str, "TrainConfig"]) -> dict[str, TrainJob]:
+    """The trainings of an experiment on a window, the last day of which decides when to stop.
+
+    Args:
+        configs: by a label. A job's name has it, and a hash of code, data and settings: a folder that is there was
+            trained by the same.
+    """
+    schema = site.platform.model_schema
+    files = {d: site.warehouse.path("joined_examples", d) for d in window}
+    shared = {
+        "data": {str(d): model_store.file_hash(f) for d, f in files.items()},
+        "schema": schema.to_dict(),
+        "code": model_store.code_version(),
+    }
+    manifest = {"platform": site.platform.name, "window": [str(d) for d in window], "data": shared["data"]}
+    *fitted, stopped_on = files.values()
+    jobs = {}
+    for label, config in configs.items():
+        ingredients = json.dumps({**shared, "config": config.to_dict()}, sort_keys=True)
+        name = f"{window[-1]}-{label}-{hashlib.sha256(ingredients.encode()).hexdigest()[:10]}"
+        folder = site.folder / "experiments" / name
+        jobs[label] = TrainJob(name, schema, tuple(fitted), (stopped_on,), config, folder, manifest)
+    return jobs
 
 
 def train_all(jobs: Sequence[TrainJob], workers: int, log: Callable[[str], None]) -> None:
@@ -57,13 +88,12 @@ def _train(job: TrainJob) -> str:
     """Train one job; says how it went."""
     import torch
 
-    from mtmd_assets.model_store import code_version
     from mtmd_model.train import train
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        manifest = {**job.manifest, "model_version": job.name, "code_version": code_version()}
+        manifest = {**job.manifest, "model_version": job.name, "code_version": model_store.code_version()}
         result = train(job.schema, job.train_files, job.validation_files, job.config, job.folder, manifest=manifest)
     finally:
         torch.set_num_threads(threads)

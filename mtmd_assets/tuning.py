@@ -7,20 +7,18 @@ lie before every evaluation day. What is chosen goes into the platform file by h
 contender's into `experiments.contenders`.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
-from mtmd_assets import model_store
 from mtmd_assets.contenders import CONTENDERS, Change, train_config
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
 from mtmd_assets.platform import Platform
-from mtmd_assets.training_pool import TrainJob, train_all
+from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,7 +40,7 @@ START: Mapping[str, Any] = {
     "slice_balance": 0.5,
     "id_dropout": 0.0,
 }
-"""Where every search starts; the batch, the passes and the size are the platform's own."""
+"""Where every search starts; the batch, the passes and the size are the platform file's."""
 PRESETS = ("small", "half", "paper")
 LARGER = ("pooled_towers", "mmoe_dcn")
 """Models that start one preset larger: without an expert a domain they have a fraction of MTMD's parameters."""
@@ -55,23 +53,28 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "slice balance 0.2": {"slice_balance": 0.2},
     "id dropout 0.3": {"id_dropout": 0.3},
 }
-"""Trials of every model, by what they change; three more are in `singles`."""
+"""Trials of every model, by what they change; more are in `singles`."""
 
 
 def start(platform: Platform, model: str) -> dict[str, Any]:
     """The settings that a model's search starts from."""
     place = PRESETS.index(platform.training.preset)
-    return {**START, "preset": PRESETS[min(place + (model in LARGER), len(PRESETS) - 1)]}
+    preset = PRESETS[min(place + (model in LARGER), len(PRESETS) - 1)]
+    return {**START, "preset": preset, "max_epochs": _passes(platform)[0]}
+
+
+def _passes(platform: Platform) -> tuple[int, ...]:
+    """What the search tries, beginning with the first."""
+    return platform.experiments.tuned_epochs or (platform.training.max_epochs,)
 
 
 def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     """The first round: what each trial changes of the start, by name; all models have equally many.
 
-    Every model is tried with more passes and in two more sizes. MTMD, whose largest size costs most of all, is tried in
-    one more, and with another deviation instead.
+    Every model is tried with the passes that the platform file names and in two more sizes. MTMD, whose largest size
+    costs most of all, is tried in one more, and with another deviation instead.
     """
-    passes = round(platform.training.max_epochs * 5 / 3)
-    changes = {**SHARED, f"{passes} passes": {"max_epochs": passes}}
+    changes = {**SHARED, **{f"{passes} passes": {"max_epochs": passes} for passes in _passes(platform)[1:]}}
     sizes = [p for p in PRESETS if p != start(platform, model)["preset"]]
     if model == "mtmd":
         sizes = sizes[:1]
@@ -151,19 +154,14 @@ class _Trial:
 
 def _job(site: Site, trial: _Trial) -> TrainJob:
     """A trial's training on the days before its tuning day."""
-    platform, warehouse, day = site.platform, site.warehouse, trial.day
+    platform, day = site.platform, trial.day
     window = [d for d in platform.window(day) if d >= platform.scored_from]
-    holes = [d for d in window if not warehouse.published("joined_examples", d)]
+    holes = [d for d in window if not site.warehouse.published("joined_examples", d)]
     if holes or len(window) < 2:
         raise Withheld(f"joined_examples has no {', '.join(map(str, holes or [day - timedelta(1)]))}")
-    files = [warehouse.path("joined_examples", d) for d in window]
     config = train_config(platform, trial.change, trial.seed)
-    hashes = [model_store.file_hash(f) for f in files]
-    schema = platform.model_schema
-    text = json.dumps([config.to_dict(), hashes, model_store.code_version(), schema.to_dict()], sort_keys=True)
-    version = f"{day}-trial-{trial.model}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    folder = site.folder / "experiments" / version
-    return TrainJob(version, schema, tuple(files[:-1]), (files[-1],), config, folder, {})
+    [job] = training_jobs(site, window, {f"trial-{trial.model}-{trial.seed}": config}).values()
+    return job
 
 
 def _row(trial: _Trial, job: TrainJob) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from datetime import date
 import numpy as np
 import pytest
 
-from mtmd_assets import contenders, study, tuning
+from mtmd_assets import contenders, model_store, study, tuning
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Home
@@ -168,7 +168,7 @@ def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
     monkeypatch.setitem(contenders.ABLATIONS, "no_routing", Change(model={"routing": False, "cross_layers": 1}))
     assert not [version for version in kept() if "no_routing" in version]
     assert "2 published models of other code, data or settings" in said[0]
-    monkeypatch.setattr(experiments.model_store, "code_version", lambda: "another")
+    monkeypatch.setattr(model_store, "code_version", lambda: "another")
     assert kept() == []
 
 
@@ -269,17 +269,21 @@ def test_changes_of_one_setting_are_not_joined():
     }
 
 
+@pytest.mark.parametrize("passes", [(), (5, 8)])
 @pytest.mark.parametrize("preset", tuning.PRESETS)
-def test_every_model_has_equally_many_trials_and_all_differ(preset):
+def test_every_model_has_equally_many_trials_and_all_differ(preset, passes):
     adworld = shipped_platform("adworld")
-    platform = adworld.model_copy(update={"training": adworld.training.model_copy(update={"preset": preset})})
+    training = adworld.training.model_copy(update={"preset": preset})
+    experiments = adworld.experiments.model_copy(update={"tuned_epochs": passes})
+    platform = adworld.model_copy(update={"training": training, "experiments": experiments})
     for model in ("mtmd", *CONTENDERS):
         changes = tuning.singles(platform, model)
         start = tuning.start(platform, model)
         configs = {
             str(contenders.train_config(platform, Change(model, training={**start, **c}))) for c in changes.values()
         }
-        assert len(configs) == len(changes) == 10
+        assert len(configs) == len(changes) == 9 + len(passes[1:])
+        assert start["max_epochs"] == training.max_epochs == 5
 
 
 def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):

@@ -17,7 +17,6 @@ import dagster as dg
 from pydantic import Field
 
 import sql
-from mtmd_assets import model_store
 from mtmd_assets.assets.common import asset_key, daily_partitions, preview
 from mtmd_assets.assets.evaluation import FLOOR, predictions
 from mtmd_assets.assets.training import verify_window
@@ -26,7 +25,7 @@ from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
 from mtmd_assets.runs import sign
-from mtmd_assets.training_pool import TrainJob, train_all
+from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
 
 if TYPE_CHECKING:
     import polars as pl
@@ -207,26 +206,10 @@ def train_models(
 
 
 def _jobs(site: Site, window: Sequence[date], models: Sequence[tuple[str, int]]) -> dict[tuple[str, int], TrainJob]:
-    """(model, seed) -> its training, whose name stands for code, data and settings."""
-    platform, warehouse = site.platform, site.warehouse
-    files = {d: warehouse.path("joined_examples", d) for d in window}
-    shared = {
-        "data": {str(d): model_store.file_hash(f) for d, f in files.items()},
-        "schema": platform.model_schema.to_dict(),
-        "code": model_store.code_version(),
-    }
-    manifest = {"platform": platform.name, "window": [str(d) for d in window], "data": shared["data"]}
-    *fitted, stopped_on = files.values()
-    jobs = {}
-    for model, seed in models:
-        config = train_config(platform, change_of(platform, model), seed)
-        ingredients = json.dumps({**shared, "config": config.to_dict()}, sort_keys=True)
-        version = f"{window[-1]}-{model}-{seed}-{hashlib.sha256(ingredients.encode()).hexdigest()[:10]}"
-        folder = site.folder / "experiments" / version
-        jobs[model, seed] = TrainJob(
-            version, platform.model_schema, tuple(fitted), (stopped_on,), config, folder, manifest
-        )
-    return jobs
+    """(model, seed) -> its training."""
+    platform = site.platform
+    configs = {f"{m}-{seed}": train_config(platform, change_of(platform, m), seed) for m, seed in models}
+    return dict(zip(models, training_jobs(site, window, configs).values(), strict=True))
 
 
 def _still_current(
