@@ -183,14 +183,14 @@ class RankerModule(L.LightningModule):
             {"params": others, "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
-        # Lightning cannot clip the gradients of a fused optimiser under mixed precision
-        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision == "32-true"
+        fused = self.device.type in ("cpu", "cuda")
         lr, towers = self.optimiser.learning_rate, self.model.domains()
         adamw: torch.optim.Optimizer
         if towers and self.optimiser.deviation is not None:
             adamw = PartialPooling(groups, towers, lr, self.optimiser.deviation, fused)
         else:
-            adamw = torch.optim.AdamW(groups, lr=lr, fused=fused)
+            # Lightning does not clip the gradients of torch's fused AdamW under mixed precision
+            adamw = torch.optim.AdamW(groups, lr=lr, fused=fused and self.trainer.precision == "32-true")
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: self.optimiser.share(step, steps))
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
