@@ -17,9 +17,8 @@ from mtmd_model.batch import TowerInput
 from mtmd_model.config import divided, preset_divisor
 from mtmd_model.cross import LowRankCross
 from mtmd_model.ffn import GroupedFFN, GroupedLinear, short_projection
-from mtmd_model.plain import PlainConfig, PlainInput
+from mtmd_model.plain import PlainConfig, PlainInput, PooledTowers
 from mtmd_model.schema import Schema, Side
-from mtmd_model.two_tower import TwoTower
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,7 @@ class MMOETower(nn.Module):
         return {task: project(mixed_BH) for task, project, mixed_BH in tasks}
 
 
-class MMOEDCN(TwoTower):
+class MMOEDCN(PooledTowers):
     """One mixture-of-experts two-tower for all slices, with surface and product as features."""
 
-    def __init__(self, schema: Schema, rows: Mapping[str, int], config: MMOEConfig) -> None:
-        super().__init__(schema, config.constrained)
-        self.query_tower = MMOETower("query", schema, rows, config)
-        self.item_tower = MMOETower("item", schema, rows, config)
-
-    def embed_query(self, query: TowerInput) -> dict[str, Tensor]:
-        """Task -> (B, D), the vectors to store."""
-        return self.bias.append_to_query(self.query_tower(query), query.domain)
-
-    def embed_item(self, item: TowerInput) -> dict[str, Tensor]:
-        """Task -> (B, D), the vectors to store."""
-        return self.bias.append_to_item(self.item_tower(item), item.domain)
+    tower = MMOETower

@@ -141,12 +141,15 @@ class PlainTower(nn.Module):
 
 
 class PooledTowers(TwoTower):
-    """One plain two-tower for all slices, with surface and product as features."""
+    """One two-tower for all slices, with surface and product as features; plain, unless a subclass has other towers."""
+
+    tower: type[nn.Module] = PlainTower
+    """Made as a `PlainTower` is."""
 
     def __init__(self, schema: Schema, rows: Mapping[str, int], config: PlainConfig) -> None:
         super().__init__(schema, config.constrained)
-        self.query_tower = PlainTower("query", schema, rows, config)
-        self.item_tower = PlainTower("item", schema, rows, config)
+        self.query_tower = self.tower("query", schema, rows, config)
+        self.item_tower = self.tower("item", schema, rows, config)
 
     def embed_query(self, query: TowerInput) -> dict[str, Tensor]:
         """Task -> (B, D), the vectors to store."""
