@@ -1,4 +1,4 @@
-"""Many trainings at a time, each in a process of its own on one thread.
+"""The trainings of experiments: what each is called, and many at a time, each in a process of its own on one thread.
 
 A model of this size spends its time between small matrix products: two of them on a thread each are faster than one
 after the other on two threads, and one thread gives the same numbers on any number of cores.
