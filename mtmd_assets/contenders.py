@@ -93,6 +93,7 @@ def train_config(platform: Platform, change: Change | None = None, seed: int | N
             learning_rate=t.learning_rate,
             weight_decay=t.weight_decay,
             embedding_weight_decay=t.weight_decay,
+            embedding_rate=t.embedding_rate,
             deviation=t.deviation,
         ),
         sample_rate=change.sample_rate,

@@ -279,6 +279,8 @@ class Training(Frozen):
     patience: Integer = Field(3, gt=0)
     batch_size: Integer = Field(4096, gt=0)
     learning_rate: Number = Field(2e-3, gt=0)
+    embedding_rate: Number = Field(1.0, gt=0)
+    """Learning rate of the embedding tables, as a multiple of the others': an id has few rows to learn from."""
     weight_decay: Number = Field(0.01, ge=0)
     dropout: Number = Field(0.0, ge=0, lt=1)
     deviation: Number | None = Field(0.1, ge=0)
@@ -314,6 +316,7 @@ class Contender(Frozen):
     max_epochs: Integer | None = Field(None, gt=0)
     batch_size: Integer | None = Field(None, gt=0)
     learning_rate: Number | None = Field(None, gt=0)
+    embedding_rate: Number | None = Field(None, gt=0)
     weight_decay: Number | None = Field(None, ge=0)
     dropout: Number | None = Field(None, ge=0, lt=1)
     slice_balance: Number | None = Field(None, ge=0, le=1)

@@ -195,9 +195,11 @@ def _parameters(con: "DuckDBPyConnection", first: date, last: date) -> str:
 
 def _settings(config: dict[str, Any]) -> str:
     widths = config["model"].get("deep") or config["model"].get("widths")
+    optimiser = config["optimiser"]
+    embedding_rate = optimiser.get("embedding_rate", 1.0)  # models trained before there was one have none
     return (
         f"widths {'/'.join(map(str, widths))}, batch {config['batch_size']}, learning rate "
-        f"{config['optimiser']['learning_rate']:g}, weight decay {config['optimiser']['weight_decay']:g}, "
+        f"{optimiser['learning_rate']:g}, embedding rate {embedding_rate:g}, weight decay {optimiser['weight_decay']:g}, "
         f"dropout {config['model']['dropout']:g}, slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}"
     )
 

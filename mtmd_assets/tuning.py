@@ -34,6 +34,7 @@ SEEDS = (0, 1)
 
 START: Mapping[str, Any] = {
     "learning_rate": 2e-3,
+    "embedding_rate": 1.0,
     "weight_decay": 0.01,
     "dropout": 0.0,
     "deviation": 0.1,
@@ -47,6 +48,8 @@ LARGER = ("pooled_towers", "mmoe_dcn")
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "start": {},
     "learning rate 4e-3": {"learning_rate": 4e-3},
+    "embedding rate 3": {"embedding_rate": 3.0},
+    "embedding rate 10": {"embedding_rate": 10.0},
     "weight decay 0.1": {"weight_decay": 0.1},
     "weight decay 0.3": {"weight_decay": 0.3},
     "slice balance 0": {"slice_balance": 0.0},

@@ -41,6 +41,8 @@ class OptimiserConfig:
     """Of the matrices; norms and biases have none."""
     embedding_weight_decay: float = 0.01
     """Of the embedding tables."""
+    embedding_rate: float = 1.0
+    """Learning rate of the embedding tables, as a multiple of `learning_rate`; AdamW's decay grows with it."""
     deviation: float | None = 0.1
     """Learning rate at which a domain's expert leaves the one common to all, as a share of the common one's
     (`partial_pooling`); None trains the experts without regard to each other. A model without domain modules has
@@ -58,6 +60,8 @@ class OptimiserConfig:
         if not all(0 <= decay < math.inf for decay in both):
             raise ValueError(f"weight decays must be 0 or more, got {both}")
 
+        if not 0 < self.embedding_rate < math.inf:
+            raise ValueError(f"embedding_rate must be a finite number above 0, got {self.embedding_rate!r}")
         if self.deviation is not None and not 0 <= self.deviation < math.inf:
             raise ValueError(f"deviation must be None or 0 or more, got {self.deviation!r}")
 
@@ -177,14 +181,16 @@ class RankerModule(L.LightningModule):
         tables, matrices = self.model.embedding_tables(), self.model.matrices()
         decaying = {id(p) for p in [*tables, *matrices]}
         others = [p for p in self.model.parameters() if id(p) not in decaying]
+        lr = self.optimiser.learning_rate
+        decay, table_decay = self.optimiser.weight_decay, self.optimiser.embedding_weight_decay
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": self.optimiser.weight_decay},
-            {"params": tables, "weight_decay": self.optimiser.embedding_weight_decay},
+            {"params": matrices, "weight_decay": decay},
+            {"params": tables, "weight_decay": table_decay, "lr": lr * self.optimiser.embedding_rate},
             {"params": others, "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
         fused = self.device.type in ("cpu", "cuda")
-        lr, towers = self.optimiser.learning_rate, self.model.domains()
+        towers = self.model.domains()
         adamw: torch.optim.Optimizer
         if towers and self.optimiser.deviation is not None:
             adamw = PartialPooling(groups, towers, lr, self.optimiser.deviation, fused)

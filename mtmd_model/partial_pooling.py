@@ -51,10 +51,10 @@ class PartialPooling(torch.optim.Optimizer):
     A domain without rows in a batch leaves its deviation untouched.
 
     Args:
-        groups: all parameters as AdamW takes them, each group with a weight decay.
+        groups: all parameters as AdamW takes them, each group with a weight decay and, if it is not `lr`, a rate.
         towers: each tower's domains.
-        lr: learning rate of the common weights.
-        share: the deviations' learning rate, as a share of it.
+        lr: learning rate of the groups that name none.
+        share: the deviations' learning rate, as a share of their group's.
         fused: AdamW's fused kernel.
     """
 
@@ -69,7 +69,7 @@ class PartialPooling(torch.optim.Optimizer):
         super().__init__([dict(g) for g in groups], {"lr": lr})
         self.blocks: list[_Block] = []
         inner: list[dict[str, Any]] = []
-        for group in groups:
+        for n, group in enumerate(groups):
             of_group = {id(p) for p in group["params"]}
             pooled: set[int] = set()
             for domains in towers:
@@ -79,13 +79,13 @@ class PartialPooling(torch.optim.Optimizer):
                     pooled |= {id(c.parameter) for d in mine for c in d.values()}
                     self.blocks.append(block)
                     decay = group["weight_decay"]
-                    inner.append({"params": [block.common], "weight_decay": decay, "share": 1.0})
+                    inner.append({"params": [block.common], "weight_decay": decay, "share": 1.0, "of": n})
                     # AdamW multiplies the decay by the learning rate, of which deviations have a share
                     of_deviations = decay / share if share else 0.0
-                    inner.append({"params": block.deviations, "weight_decay": of_deviations, "share": share})
+                    inner.append({"params": block.deviations, "weight_decay": of_deviations, "share": share, "of": n})
             alone = [p for p in group["params"] if id(p) not in pooled]
             if alone:
-                inner.append({"params": alone, "weight_decay": group["weight_decay"], "share": 1.0})
+                inner.append({"params": alone, "weight_decay": group["weight_decay"], "share": 1.0, "of": n})
         self.inner = torch.optim.AdamW(inner, lr=lr, fused=fused)
         for block in self.blocks:
             block.write()
@@ -99,9 +99,8 @@ class PartialPooling(torch.optim.Optimizer):
                 loss = closure()
         for block in self.blocks:
             block.read_gradients()
-        lr = self.param_groups[0]["lr"]
         for group in self.inner.param_groups:
-            group["lr"] = lr * group["share"]
+            group["lr"] = self.param_groups[group["of"]]["lr"] * group["share"]
         self.inner.step()
         for block in self.blocks:
             block.write()

@@ -210,6 +210,12 @@ def test_learning_rates_that_are_none_are_refused(value: float):
         OptimiserConfig(learning_rate=value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_embedding_rates_that_are_none_are_refused(value: float):
+    with pytest.raises(ValueError, match="embedding_rate"):
+        OptimiserConfig(embedding_rate=value)
+
+
 def test_weight_decay_nan_is_refused():
     with pytest.raises(ValueError, match="weight decays"):
         OptimiserConfig(weight_decay=float("nan"))
@@ -255,6 +261,24 @@ def test_parameter_groups_by_name(encoder: Encoder):
     assert [decay[id(names[f"{adaptation}.norm.{n}"])] for n in ("gain", "bias", "missing")] == [0, 0, 0]
     assert decay[id(names["bias.logits_TSP"])] == 0
     assert decay[id(names[f"{adaptation}.excitation.squeeze.weight"])] == 0.3
+
+
+@pytest.mark.parametrize("deviation", [None, 0.1])
+def test_tables_learn_at_their_own_rate(encoder: Encoder, deviation: float | None):
+    config = OptimiserConfig(learning_rate=0.01, embedding_rate=5.0, schedule="constant", deviation=deviation)
+    module = module_of(encoder, config)
+    module._trainer = mock.Mock(precision="32-true", estimated_stepping_batches=10)
+    optimiser = module.configure_optimizers()["optimizer"]
+    before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    for p in module.model.parameters():
+        p.grad = torch.ones_like(p)
+    optimiser.step()
+    for table in (n for n in before if ".tables." in n):
+        # Adam's first step is the learning rate; decay takes 0.05 of 0.01 of a weight besides
+        moved = before[table] * (1 - 0.05 * 0.01) - dict(module.model.named_parameters())[table]
+        torch.testing.assert_close(moved.detach(), torch.full_like(moved, 0.05))
+    bias = dict(module.model.named_parameters())["bias.logits_TSP"] - before["bias.logits_TSP"]
+    torch.testing.assert_close(bias.detach(), torch.full_like(bias, -0.01))
 
 
 def test_the_training_step_is_the_weighted_kl_by_hand(encoder: Encoder):
