@@ -2,16 +2,18 @@
 
 A contender is trained on the same window, features, passes and stopping rule as MTMD. What the platform file says of
 it under `experiments.contenders` was chosen by `mtmd tune` with as many trials for each, on days before those that are
-evaluated. An ablation is MTMD's own training with one change.
+evaluated. An ablation is MTMD's own training with one change. All make
+`experiments.max_epochs` passes, where the platform file says so.
 
 Nothing here imports Dagster or torch: a training process pays for what it needs only.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.platform import Platform
+from mtmd_assets.platform_parts import Experiments
 
 if TYPE_CHECKING:
     from mtmd_model.train import TrainConfig
@@ -60,21 +62,25 @@ MODELS = ("mtmd", *CONTENDERS, *ABLATIONS)
 
 
 def change_of(platform: Platform, model: str) -> Change:
-    """How a model's training differs from the platform's own.
+    """How a model's training in an experiment differs from the platform's own.
 
     Raises:
         ValueError: no such model.
     """
-    if model == "mtmd":
-        return Change()
-    if model in ABLATIONS:
-        return ABLATIONS[model]
-    if model in CONTENDERS:
-        of_model = {name: settings for name, settings in platform.experiments.contenders.items() if name == model}
-        settings = {k: v for c in of_model.values() for k, v in c.model_dump(exclude_none=True).items()}
-        own = {k: settings.pop(k) for k in ("experts",) if k in settings}
-        return Change(architecture=model, model=own, training=settings)
-    raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+    if model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+    experiments = platform.experiments
+    change = _contender(experiments, model) if model in CONTENDERS else ABLATIONS.get(model, Change())
+    if experiments.max_epochs is None:
+        return change
+    return replace(change, training={"max_epochs": experiments.max_epochs, **change.training})
+
+
+def _contender(experiments: Experiments, model: str) -> Change:
+    of_model = {name: settings for name, settings in experiments.contenders.items() if name == model}
+    settings = {k: v for c in of_model.values() for k, v in c.model_dump(exclude_none=True).items()}
+    own = {k: settings.pop(k) for k in ("experts",) if k in settings}
+    return Change(architecture=model, model=own, training=settings)
 
 
 def train_config(platform: Platform, change: Change | None = None, seed: int | None = None) -> "TrainConfig":

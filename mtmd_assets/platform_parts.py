@@ -332,12 +332,14 @@ class Experiments(Frozen):
     """Evaluation days that are pooled: the last one and those before it."""
     seeds: Integer = Field(3, ge=1, le=100)
     """Models of each kind and day, with the seeds 0, 1 …"""
+    max_epochs: Integer | None = Field(None, gt=0)
+    """Passes of every model here, if not `training.max_epochs`: the daily model may be trained for a shorter time."""
     ablation_days: Integer | None = Field(None, ge=1, le=100)
     """Ablations are trained for the last so many evaluation days only, and compared on these; all if left out."""
     tuning_days: tuple[Day, ...] = ()
     """Days on which settings are judged, all before the evaluation days."""
     tuned_epochs: tuple[Annotated[Integer, Field(gt=0)], ...] = ()
-    """Passes that the search tries, beginning with the first; if left out it leaves `training.max_epochs` alone."""
+    """Passes that the search tries, beginning with the first; if left out, only those of the experiments."""
     contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(default_factory=dict)
     """Each contender's own settings."""
 

@@ -198,7 +198,7 @@ def _settings(config: dict[str, Any]) -> str:
     optimiser = config["optimiser"]
     embedding_rate = optimiser.get("embedding_rate", 1.0)  # models trained before there was one have none
     return (
-        f"widths {'/'.join(map(str, widths))}, batch {config['batch_size']}, learning rate "
+        f"widths {'/'.join(map(str, widths))}, {config['max_epochs']} passes, batch {config['batch_size']}, learning rate "
         f"{optimiser['learning_rate']:g}, embedding rate {embedding_rate:g}, weight decay {optimiser['weight_decay']:g}, "
         f"dropout {config['model']['dropout']:g}, slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}"
     )

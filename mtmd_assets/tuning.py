@@ -48,7 +48,6 @@ LARGER = ("pooled_towers", "mmoe_dcn")
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "start": {},
     "learning rate 4e-3": {"learning_rate": 4e-3},
-    "embedding rate 3": {"embedding_rate": 3.0},
     "embedding rate 10": {"embedding_rate": 10.0},
     "weight decay 0.1": {"weight_decay": 0.1},
     "weight decay 0.3": {"weight_decay": 0.3},
@@ -68,7 +67,8 @@ def start(platform: Platform, model: str) -> dict[str, Any]:
 
 def _passes(platform: Platform) -> tuple[int, ...]:
     """What the search tries, beginning with the first."""
-    return platform.experiments.tuned_epochs or (platform.training.max_epochs,)
+    experiments = platform.experiments
+    return experiments.tuned_epochs or (experiments.max_epochs or platform.training.max_epochs,)
 
 
 def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:

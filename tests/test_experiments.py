@@ -12,6 +12,7 @@ from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Home
 from mtmd_assets.platform import shipped_platform
+from mtmd_assets.platform_parts import Contender
 from mtmd_assets.training_pool import TrainJob, train_all
 from tests.worlds import Runner, query, show_failure, small_adworld
 
@@ -282,8 +283,8 @@ def test_every_model_has_equally_many_trials_and_all_differ(preset, passes):
         configs = {
             str(contenders.train_config(platform, Change(model, training={**start, **c}))) for c in changes.values()
         }
-        assert len(configs) == len(changes) == 9 + len(passes[1:])
-        assert start["max_epochs"] == (passes or (training.max_epochs,))[0]
+        assert len(configs) == len(changes) == 10 + len(passes[1:])
+        assert start["max_epochs"] == (passes or (experiments.max_epochs,))[0]
 
 
 def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):
@@ -305,6 +306,18 @@ def test_a_contender_differs_from_mtmd_in_what_the_platform_file_says_only(studi
     assert pooled["model"]["dropout"] == 0.1
     for same in ("optimiser", "batch_size", "max_epochs", "patience", "seed", "sample_rate", "gradient_clip"):
         assert pooled[same] == ours[same], same
+
+
+def test_experiments_may_make_other_passes_than_the_daily_model():
+    adworld = shipped_platform("adworld")
+    contender = Contender(max_epochs=7)
+    for passes, expected in ((None, adworld.training.max_epochs), (5, 5)):
+        changed = {"max_epochs": passes, "contenders": {"mmoe_dcn": contender}}
+        platform = adworld.model_copy(update={"experiments": adworld.experiments.model_copy(update=changed)})
+        found = {model: train_config(platform, change_of(platform, model)).max_epochs for model in MODELS}
+        assert found.pop("mmoe_dcn") == 7
+        assert set(found.values()) == {expected}
+        assert train_config(platform).max_epochs == adworld.training.max_epochs
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
