@@ -1,9 +1,8 @@
 """The models that MTMD is measured against, and MTMD with one thing taken away: how each is trained.
 
 A contender is trained on the same window, features, passes and stopping rule as MTMD. What the platform file says of
-it under `experiments.contenders` was chosen by `mtmd tune` with as many trials for each, on days before those that are
-evaluated. An ablation is MTMD's own training with one change. All make
-`experiments.max_epochs` passes, where the platform file says so.
+it under `experiments.contenders` was chosen on days before those that are evaluated (docs/experiments.md). An ablation is
+MTMD's own training with one change. All make `experiments.max_epochs` passes, where the platform file has it.
 
 Nothing here imports Dagster or torch: a training process pays for what it needs only.
 """
