@@ -29,7 +29,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "feed": {"rows": 2_000_000},
     "memory": {"rows_a_day": 200_000, "block_rows": 262_144},
     "step": {"steps": 20, "repetitions": 5},
-    "peers": {"rows": 1_000_000},
+    "peers": {"rows": 102_400},
     "serving": {},
 }
 """The modules, and what `--large` calls their `figures` with."""

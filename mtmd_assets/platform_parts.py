@@ -290,6 +290,8 @@ class Training(Frozen):
     id_dropout: Number = Field(0.0, ge=0, lt=1)
     """How often training takes an id of an open-ended feature for an unknown one, against learning users and items by
     heart."""
+    calibrate: bool = True
+    """After training, add a constant a task, so that its predictions sum to the scores of the window's last day."""
     seed: Seed = 0
     block_rows: Integer | None = Field(None, gt=0)
     """Rows held in memory at a time, twice, of a window that is too large for it; null holds them all."""

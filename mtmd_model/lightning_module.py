@@ -59,7 +59,6 @@ class OptimiserConfig:
         both = self.weight_decay, self.embedding_weight_decay
         if not all(0 <= decay < math.inf for decay in both):
             raise ValueError(f"weight decays must be 0 or more, got {both}")
-
         if not 0 < self.embedding_rate < math.inf:
             raise ValueError(f"embedding_rate must be a finite number above 0, got {self.embedding_rate!r}")
         if self.deviation is not None and not 0 <= self.deviation < math.inf:
@@ -182,10 +181,13 @@ class RankerModule(L.LightningModule):
         decaying = {id(p) for p in [*tables, *matrices]}
         others = [p for p in self.model.parameters() if id(p) not in decaying]
         lr = self.optimiser.learning_rate
-        decay, table_decay = self.optimiser.weight_decay, self.optimiser.embedding_weight_decay
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": decay},
-            {"params": tables, "weight_decay": table_decay, "lr": lr * self.optimiser.embedding_rate},
+            {"params": matrices, "weight_decay": self.optimiser.weight_decay},
+            {
+                "params": tables,
+                "weight_decay": self.optimiser.embedding_weight_decay,
+                "lr": lr * self.optimiser.embedding_rate,
+            },
             {"params": others, "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]

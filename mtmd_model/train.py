@@ -19,6 +19,7 @@ from mtmd_model import checkpoint
 from mtmd_model.allocator import keep_freed_memory
 from mtmd_model.architectures import build, config_to_dict
 from mtmd_model.batch import Batch
+from mtmd_model.calibration import calibrate
 from mtmd_model.compiled import compile_parts
 from mtmd_model.config import MTMDConfig
 from mtmd_model.data import WindowData, slice_logits
@@ -27,7 +28,10 @@ from mtmd_model.lightning_module import OptimiserConfig, RankerModule
 from mtmd_model.predict import Predictor
 from mtmd_model.schema import Schema
 from mtmd_model.slice_balance import slice_factors, slice_weights
-from mtmd_model.two_tower import count_parameters
+from mtmd_model.two_tower import TwoTower, count_parameters
+
+PREDICTED_ROWS = 8192
+"""Of a batch that is scored after training."""
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
 
@@ -63,6 +67,9 @@ class TrainConfig:
     """Passes over the window, at most; the cosine ends here."""
     patience: int = 3
     """Epochs without a lower validation loss before training stops."""
+    calibrate: bool = True
+    """Add a constant to each task's biases, so that its predictions sum to the scores of the validation days
+    (`calibration`)."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0 for none."""
     seed: int = 0
@@ -195,12 +202,13 @@ def train(
             enable_progress_bar=config.progress_bar,
         )
         trainer.fit(module, datamodule=data)
-    if config.block_rows is not None:
-        _check_unchanged(hashes)
-    model.to("cpu")
     if best.weights is not None:
         model.load_state_dict(best.weights)
     model.eval()
+    ratios = _calibrated(model, data, torch.device(accelerator)) if config.calibrate and validation_files else None
+    model.to("cpu")
+    if config.block_rows is not None:
+        _check_unchanged(hashes)
 
     entries = {
         "train_config": config.to_dict(),
@@ -211,6 +219,7 @@ def train(
         "data_hashes": dict(zip(_names(list(hashes)), hashes.values(), strict=True)),
         "params": count_parameters(model),
         "normalisation": model.normalisation(),
+        "calibration": ratios,
         "best_epoch": best.epoch,
         "history": module.history,
         "seconds": {"load": loaded - started, "fit": time.perf_counter() - loaded},
@@ -233,6 +242,23 @@ def resolve_accelerator(name: str) -> Literal["cpu", "cuda"]:
     if name == "gpu" and not cuda:
         raise ValueError("accelerator is 'gpu', but there is no CUDA GPU: use 'auto' or 'cpu'")
     return "cuda" if cuda and name != "cpu" else "cpu"
+
+
+def _calibrated(model: TwoTower, data: WindowData, device: torch.device) -> dict[str, float | None]:
+    """Calibrate a model on the validation days; task -> sum of predictions over sum of scores as it was before."""
+    model.to(device)
+    days = data.validation
+    assert days is not None
+    ratio_T = calibrate(model, lambda: _on(device, data.blocks(days)))
+    names = [task.name for task in model.schema.tasks]
+    return {name: None if math.isnan(r) else r for name, r in zip(names, ratio_T.tolist(), strict=True)}
+
+
+def _on(device: torch.device, blocks: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches of a size to predict."""
+    for block in blocks:
+        for start in range(0, len(block), PREDICTED_ROWS):
+            yield block.slice(start, start + PREDICTED_ROWS).to(device)
 
 
 def _check_unchanged(hashes: Mapping[str | Path, str]) -> None:

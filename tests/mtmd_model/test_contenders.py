@@ -234,7 +234,13 @@ def test_a_trained_slice_has_its_lowest_validation_loss(write: Write, tmp_path: 
         return real(self)
 
     config = TrainConfig(
-        "slice_towers", PLAIN, OptimiserConfig(0.05, "constant"), batch_size=60, max_epochs=4, accelerator="cpu"
+        "slice_towers",
+        PLAIN,
+        OptimiserConfig(0.05, "constant"),
+        batch_size=60,
+        max_epochs=4,
+        accelerator="cpu",
+        calibrate=False,
     )
     with mock.patch.object(RankerModule, "finish_epoch", finish):
         predictor = train(platform(), *files, config, tmp_path / "v").predictor

@@ -171,7 +171,8 @@ def test_without_validation_the_last_epoch_is_kept(files: tuple[list[Path], list
 def test_training_stops_and_keeps_the_best_epoch(write: Write, tmp_path: Path):
     # few rows and a high learning rate: overfitted after a few epochs
     files = [write(examples(200, 1))], [write(examples(300, 3))]
-    config = replace(CONFIG, max_epochs=30, patience=2, batch_size=100, optimiser=OptimiserConfig(0.1, "constant"))
+    optimiser = OptimiserConfig(0.1, "constant")
+    config = replace(CONFIG, max_epochs=30, patience=2, batch_size=100, optimiser=optimiser, calibrate=False)
     got = train(platform(), *files, config, tmp_path / "v")
     validation = [entry["validation_loss"] for entry in got.history]
     assert got.best_epoch == int(np.argmin(validation)) == len(validation) - 3
