@@ -1,11 +1,13 @@
 """`docs/results.md`: what the experiments' tables say, in words and tables that a person can check with SQL.
 
 Nothing here computes a result; it reads `improvements`, `experiment_models`, `slice_metrics`, `trials` and the routing
-table of one platform, and rewrites that platform's section of the document.
+table of one platform, and rewrites that platform's sections of the document: the contenders, the ablations, the search.
+A section of which this home has no tables stays as it was: each says what it is of.
 """
 
 import json
 import re
+from collections.abc import Collection
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,49 +25,63 @@ CELLS = "contender = $model AND surface IS NOT NULL AND bucket IS NULL"
 MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
 HEAD = """# Results
 
-Written by `make results PLATFORM=…`, a section a platform; every number is in the tables that the section names.
+Written by `make results PLATFORM=…`, three sections a platform: contenders, ablations, search; every number is in the
+tables of the home that it was run in. A section that a run has nothing new for is left as an earlier one wrote it.
 """
 
 
-def write_section(path: Path, site: Site) -> str:
-    """Put a platform's section in its place in the document, and return it."""
-    text = section(site)
-    name = site.platform.name
+def write_sections(path: Path, site: Site) -> None:
+    """Put a platform's sections in their places in the document."""
     old = path.read_text() if path.exists() else HEAD
-    kept = {m[1]: m[0] for m in re.finditer(r"<!-- (\w+) -->\n.*?<!-- end of \1 -->\n", old, re.DOTALL)}
-    kept[name] = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->\n"
+    kept = {m[1]: m[0] for m in re.finditer(r"<!-- ([\w ]+) -->\n.*?<!-- end of \1 -->\n", old, re.DOTALL)}
+    for name, text in sections(site).items():
+        kept[name] = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([HEAD, *(kept[n] for n in sorted(kept))]))
-    return text
 
 
-def section(site: Site) -> str:
-    """A platform's results in Markdown."""
+def sections(site: Site) -> dict[str, str]:
+    """Name -> Markdown of the sections that there are tables for."""
+    name = site.platform.name
     with site.warehouse.connect() as con:
-        [(result_id, first, last)] = con.execute(
-            "SELECT DISTINCT result_id, eval_start, eval_end FROM improvements"
-        ).fetchall()
-        parts = [
-            f"## {site.platform.name}",
-            _setting(con, site, result_id, first, last),
-            "### Against the contenders",
-            HOW_TO_READ,
-            headline(con),
-            "### Every cell",
-            _cells(con, site),
-            "### Parameters",
-            _parameters(con, first, last),
-            "### Ablations",
-            _ablations(con, first, last),
-            "### Calibration",
-            _calibration(con, first, last),
-            "### Who the routers use",
-            _routing(con, first, last),
-        ]
-        trials = _trials(con)
-        if trials:
-            parts += ["### The search", SEARCH, trials]
-    return "\n\n".join(p for p in parts if p)
+        found = {
+            name: _contenders(con, site),
+            f"{name} ablations": _ablations(con, site),
+            f"{name} search": _search(con, site),
+        }
+    return {key: "\n\n".join(parts) for key, parts in found.items() if parts}
+
+
+def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
+    """MTMD against its contenders, with all that is known of MTMD's own models."""
+    compared = _compared(con, CONTENDERS)
+    if compared is None:
+        return []
+    first, last = compared
+    return [
+        f"## {site.platform.name}",
+        _setting(con, site, CONTENDERS, first, last),
+        "### Against the contenders",
+        HOW_TO_READ,
+        headline(con, CONTENDERS),
+        "### Every cell",
+        _cells(con, site),
+        "### Parameters",
+        _parameters(con, first, last),
+        "### Calibration",
+        _calibration(con, first, last),
+        "### Who the routers use",
+        _routing(con, first, last),
+    ]
+
+
+def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date, date] | None:
+    """First and last evaluation day of what was compared of some models; None if nothing was."""
+    [span] = con.execute(
+        "SELECT min(eval_start), max(eval_end) FROM improvements WHERE list_contains($models, contender)",
+        {"models": list(models)},
+    ).fetchall()
+    return None if span[0] is None else span
 
 
 HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
@@ -83,21 +99,30 @@ three of each on every tuning day with two seeds, the others once, on the last. 
 leaves out: [experiments.md](experiments.md)."""
 
 
-def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date, last: date) -> str:
+def _setting(con: "DuckDBPyConnection", site: Site, models: Collection[str], first: date, last: date) -> str:
+    of_these = {"models": list(models), "first": first, "last": last}
     windows = con.execute(
-        "SELECT DISTINCT window_start, window_end FROM experiment_models WHERE ds BETWEEN ? AND ? ORDER BY 1",
-        [first, last],
+        """SELECT DISTINCT window_start, window_end FROM experiment_models
+        WHERE ds BETWEEN $first AND $last AND list_contains($models, model) ORDER BY 1""",
+        of_these,
     ).fetchall()
-    [(seeds, rows)] = con.execute(
-        """SELECT max(seeds), max(rows) FROM (
-            SELECT max(seeds) AS seeds, sum(rows) FILTER (bucket IS NULL AND surface IS NOT NULL AND task = $task) AS rows
-            FROM improvements GROUP BY contender)""",
-        {"task": site.platform.task_names[0]},
+    codes = con.execute(
+        """SELECT DISTINCT code_version FROM experiment_models
+        WHERE ds BETWEEN $first AND $last AND (model = 'mtmd' OR list_contains($models, model)) ORDER BY 1""",
+        of_these,
+    ).fetchall()
+    [(result_id, seeds, rows)] = con.execute(
+        """SELECT any_value(result_id), max(seeds), max(rows) FROM (
+            SELECT any_value(result_id) AS result_id, max(seeds) AS seeds,
+                sum(rows) FILTER (bucket IS NULL AND surface IS NOT NULL AND task = $task) AS rows
+            FROM improvements WHERE list_contains($models, contender) GROUP BY contender)""",
+        {"task": site.platform.task_names[0], "models": list(models)},
     ).fetchall()
     spans = ", ".join(f"{start} to {end}" for start, end in windows)
+    versions = ", ".join(f"`{code}`" for (code,) in codes)
     lines = [
         f"Result `{result_id}`. Evaluated on {first} to {last} ({rows:,} impressions), each day by models of the window that",
-        f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} seeds.",
+        f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} seeds; code {versions}.",
     ]
     if not site.platform.logs_scores:
         from mtmd_assets.scoreboard import ranker_auc
@@ -111,12 +136,8 @@ def _setting(con: "DuckDBPyConnection", site: Site, result_id: str, first: date,
     return "\n".join(lines)
 
 
-def headline(con: "DuckDBPyConnection") -> str:
-    """A row a contender: mean improvement, and how its cells fall."""
-    return _summary(con, CONTENDERS)
-
-
-def _summary(con: "DuckDBPyConnection", models: tuple[str, ...]) -> str:
+def headline(con: "DuckDBPyConnection", models: Collection[str]) -> str:
+    """A row a model that was compared: mean improvement over it, and how its cells fall."""
     rows: list[list[object]] = []
     for model in models:
         found = _rows(con, "contender = $model AND bucket IS NULL", model=model)
@@ -204,14 +225,11 @@ def _settings(config: dict[str, Any]) -> str:
     )
 
 
-def _ablations(con: "DuckDBPyConnection", first: date, last: date) -> str:
+def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
     """What is lost by taking one thing away, by bucket (paper, table 6): mean over the cells."""
-    days = dict(
-        con.execute(
-            "SELECT model, count(DISTINCT ds) FROM experiment_models WHERE ds BETWEEN ? AND ? GROUP BY ALL",
-            [first, last],
-        ).fetchall()
-    )
+    compared = _compared(con, ABLATIONS)
+    if compared is None:
+        return []
     rows: list[list[object]] = []
     for model in ABLATIONS:
         found = {
@@ -221,12 +239,13 @@ def _ablations(con: "DuckDBPyConnection", first: date, last: date) -> str:
             buckets = [f"{found[b]['improvement']:+.1%}" if found.get(b) else "" for b in range(5)]
             cells = [r for r in _rows(con, CELLS, model=model) if r["rows"] >= MIN_ROWS]
             verdicts = [verdict(r) for r in cells]
-            counts = [len(cells), verdicts.count("better"), verdicts.count("worse"), days[model], found[None]["seeds"]]
-            rows.append([model, *buckets, _interval(found[None]), *counts])
-    if not rows:
-        return "None was trained for this result."
+            mean = found[None]
+            days = (mean["eval_end"] - mean["eval_start"]).days + 1
+            counts = [len(cells), verdicts.count("better"), verdicts.count("worse"), days, mean["seeds"]]
+            rows.append([model, *buckets, _interval(mean), *counts])
     header = ["without", "0", "1", "2", "3", "4", "all", "cells", "better", "worse", "days", "seeds"]
-    parts = [ABLATED, markdown_table(header, rows)]
+    setting = _setting(con, site, ABLATIONS, *compared)
+    parts = [f"## {site.platform.name}: ablations", setting, ABLATED, markdown_table(header, rows)]
     per_slice = _rows(con, f"{CELLS} ORDER BY surface, product, task", model="no_domain_adaptation")
     if per_slice:
         parts += [
@@ -236,7 +255,7 @@ def _ablations(con: "DuckDBPyConnection", first: date, last: date) -> str:
                 [[r["surface"], r["product"], r["task"], r["rows"], _cell(r)] for r in per_slice],
             ),
         ]
-    return "\n\n".join(parts)
+    return parts
 
 
 def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
@@ -264,11 +283,11 @@ def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:
     return f"{words}\n\n{markdown_table(header, rows)}"
 
 
-def _trials(con: "DuckDBPyConnection") -> str:
+def _search(con: "DuckDBPyConnection", site: Site) -> list[str]:
     from mtmd_assets.tuning import ranking
 
     table = con.sql("FROM trials").pl()
-    return ranking(table) if len(table) else ""
+    return [f"## {site.platform.name}: the search", SEARCH, ranking(table)] if len(table) else []
 
 
 def _interval(row: dict[str, Any]) -> str:

@@ -60,24 +60,26 @@ def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:
 
 
 def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step) -> int:
-    """Train and score every model on every evaluation day, compare them, write the document, print the headline."""
+    """Train and score every model on its evaluation days, compare them, write the document, print the headline."""
     from mtmd_assets import results as writer
-    from mtmd_assets.assets.experiments import op_name
+    from mtmd_assets.assets.experiments import compared_days, op_name
 
     days = evaluation_days(site)
-    build_days(site, days, run, step)
-    experiments = site.platform.experiments
-    for day in days:
-        ablated = day in days[-(experiments.ablation_days or len(days)) :]
-        of_day = [m for m in models if ablated or m not in ABLATIONS]
-        with step(f"train {len(of_day)} models with {experiments.seeds} seeds and score {day}"):
+    others = [m for m in models if m != "mtmd"]
+    on_day = {day: [m for m in others if day in compared_days(site.platform, m, days[-1])] for day in days}
+    on_day = {day: ["mtmd", *of_day] for day, of_day in on_day.items() if of_day}
+    if not on_day:
+        raise PlatformError("--models: mtmd is compared with others, name one")
+    build_days(site, list(on_day), run, step)
+    for day, of_day in on_day.items():
+        with step(f"train {len(of_day)} models with {site.platform.experiments.seeds} seeds and score {day}"):
             run("experiments", day, config={"ops": {op_name(site): {"config": {"models": of_day}}}})
     with step("compare"):
         run("improvements", days[-1])
-    writer.write_section(document, site)
+    writer.write_sections(document, site)
     with site.warehouse.connect() as con:
         print(f"\n{site.platform.name}, {days[0]} to {days[-1]}: improvement of mtmd in LogMAE\n")
-        print(writer.headline(con))
+        print(writer.headline(con, others))
     print(f"\n{document}   every cell, with intervals")
     return 0
 

@@ -208,26 +208,52 @@ def test_the_document_says_what_the_tables_say(studied):
     [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
     assert line.split(" | ")[-5] == str(cells)
     assert line.endswith(" | 1 | 2 |"), "days and seeds"
-    for heading in (
-        "Against the contenders",
-        "Every cell",
-        "Parameters",
-        "Ablations",
-        "Calibration",
-        "Who the routers use",
-    ):
-        assert f"### {heading}" in text
+    headings = ("Against the contenders", "Every cell", "Parameters", "Calibration", "Who the routers use")
+    assert all(f"\n### {heading}\n" in text for heading in headings)
+    assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
+    assert text.count(f"code `{model_store.code_version()}`") == 2
 
 
-def test_a_second_writing_replaces_the_section_and_keeps_others(studied):
-    from mtmd_assets.results import write_section
+def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_path):
+    from mtmd_assets.results import write_sections
 
+    document = tmp_path / "results.md"
     before = studied.document.read_text()
-    studied.document.write_text(before + "\n<!-- other -->\nkept\n<!-- end of other -->\n")
-    write_section(studied.document, studied.site)
-    text = studied.document.read_text()
-    assert text.count("## adworld") == 1
-    assert "kept" in text
+    others = [f"<!-- {name} -->\nuntouched\n<!-- end of {name} -->\n" for name in ("other", "adworld search")]
+    document.write_text("\n".join([before, *others]))
+    write_sections(document, studied.site)
+    text = document.read_text()
+    assert text.count("## adworld\n") == text.count("## adworld: ablations\n") == 1
+    assert text.count("untouched") == 2, "another platform's, and one that this home has no table for"
+
+
+def test_a_model_without_all_of_its_days_is_not_compared(studied):
+    from mtmd_assets.assets import experiments
+    from mtmd_assets.results import sections
+
+    site, said = studied.site, []
+    longer = site.platform.experiments.model_copy(update={"days": 3})
+    short = type(site)(site.platform.model_copy(update={"experiments": longer}), site.folder)
+    days = experiments.compared_days(short.platform, "mmoe_dcn", DAYS[1])
+    assert days == [date(2026, 1, 3), *DAYS]
+    assert experiments.compared_days(short.platform, "no_cross", DAYS[1]) == [DAYS[1]]
+    try:
+        experiments.compare(short, DAYS[1], "short", said.append)
+        assert [line for line in said if line.startswith("mmoe_dcn is left out") and "2026-01-03" in line]
+        rows = query(studied, "SELECT DISTINCT contender, eval_start, eval_end FROM improvements ORDER BY ALL")
+        assert ("no_routing", DAYS[1], DAYS[1]) in rows
+        assert not {contender for contender, *_ in rows} & set(CONTENDERS)
+        assert "adworld" not in sections(short)
+        assert "## adworld: ablations" in sections(short)["adworld ablations"]
+    finally:
+        experiments.compare(site, DAYS[1], "again", said.append)
+    with pytest.raises(Withheld, match=r"no model has experiments of 2026-01-18 to 2026-01-20"):
+        experiments.compare(short, date(2026, 1, 20), "none", said.append)
+
+
+def test_mtmd_alone_has_nothing_to_be_compared_with(studied):
+    with pytest.raises(PlatformError, match="name one"):
+        study.results(studied.site, ["mtmd"], studied.document, studied.run_step, quiet)
 
 
 def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_and_seed(studied, capsys):

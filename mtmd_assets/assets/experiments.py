@@ -7,7 +7,7 @@ interrupted run goes on where it stopped.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -20,10 +20,11 @@ import sql
 from mtmd_assets.assets.common import asset_key, daily_partitions, preview
 from mtmd_assets.assets.evaluation import FLOOR, predictions
 from mtmd_assets.assets.training import verify_window
-from mtmd_assets.contenders import CONTENDERS, MODELS, change_of, train_config
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
+from mtmd_assets.platform import Platform
 from mtmd_assets.runs import sign
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
 
@@ -111,7 +112,7 @@ def experiment_assets(site: Site) -> list[dg.AssetsDefinition]:
     def improvements(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         sign(context)
         try:
-            return compare(site, date.fromisoformat(context.partition_key), context.run.run_id)
+            return compare(site, date.fromisoformat(context.partition_key), context.run.run_id, context.log.info)
         except Withheld as e:
             raise dg.Failure(str(e), allow_retries=False) from e
 
@@ -274,44 +275,55 @@ def _records(trained: Sequence[Trained], window: Sequence[date]) -> "pl.DataFram
     return pl.DataFrame(rows, schema_overrides={"ranker_versions": pl.List(pl.String)})
 
 
-def compare(site: Site, last: date, run_id: str) -> dg.MaterializeResult:
-    """Improvements of mtmd over every other model, over the evaluation days that end on `last`.
+def compared_days(platform: Platform, model: str, last: date) -> list[date]:
+    """The evaluation days that end on `last`, as many as a model is compared on: ablations may have fewer."""
+    experiments = platform.experiments
+    count = (experiments.ablation_days if model in ABLATIONS else None) or experiments.days
+    return [last - timedelta(n) for n in reversed(range(count))]
+
+
+def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> dg.MaterializeResult:
+    """Improvements of mtmd over every other model that has all of its days (`compared_days`).
 
     Raises:
-        Withheld: a day has no experiments.
+        Withheld: none has.
     """
     import polars as pl
 
     from mtmd_assets.improvement import improvement_table
 
     platform, warehouse = site.platform, site.warehouse
-    first = last - timedelta(platform.experiments.days - 1)
-    missing = warehouse.missing("experiment_predictions", first, last)
-    if missing:
-        raise Withheld(
-            f"no experiments of {', '.join(map(str, missing))}: run {platform.name}_experiments for these days"
-        )
     with warehouse.stage(run_id) as stage, warehouse.connect() as con:
-        span = f"ds BETWEEN '{first}' AND '{last}'"
+        trained = dict(
+            con.execute("SELECT model, list(DISTINCT ds) FROM experiment_predictions GROUP BY model").fetchall()
+        )
+        spans = {m: compared_days(platform, m, last) for m in MODELS if m != "mtmd" and m in trained}
+        lacking = {m: sorted({*days} - {*trained[m]} | {*days} - {*trained["mtmd"]}) for m, days in spans.items()}
+        for model, missing in lacking.items():
+            if missing:
+                log(f"{model} is left out: no experiments of it, or of mtmd, on {', '.join(map(str, missing))}")
+        whole = {m: days for m, days in spans.items() if not lacking[m]}
+        if not whole:
+            first = min((min(days) for days in spans.values()), default=last)
+            raise Withheld(f"no model has experiments of {first} to {last}: run {platform.name}_experiments")
         versions = con.execute(
-            f"SELECT model, list(DISTINCT model_version ORDER BY model_version) FROM experiment_predictions WHERE {span} GROUP BY model ORDER BY model"
+            "SELECT model, list(DISTINCT model_version ORDER BY model_version) FROM experiment_predictions WHERE ds BETWEEN ? AND ? GROUP BY model ORDER BY model",
+            [min(min(days) for days in whole.values()), last],
         ).fetchall()
         result_id = f"{last}-{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:10]}"
-        mtmd = _predictions_of(con, span, "mtmd")
+        mtmd = _predictions_of(con, min(whole.values(), key=min), "mtmd")
         tables = []
-        for model in [m for m in MODELS if m != "mtmd" and m in dict(versions)]:
-            contender = _predictions_of(con, span, model)
+        for model, days in whole.items():
+            contender = _predictions_of(con, days, model)
             both = contender.select("day", "seed").unique()
             table = improvement_table(mtmd.join(both, on=["day", "seed"], how="semi"), contender)
-            tables.append(table.with_columns(contender=pl.lit(model)))
-        if not tables:
-            raise Withheld(f"no contender was trained for {first} to {last}: run {platform.name}_experiments")
+            tables.append(table.with_columns(contender=pl.lit(model), eval_start=pl.lit(days[0])))
         con.register("compared", pl.concat(tables))
         stage.write(
             con,
             "improvement_results",
             last,
-            f"SELECT '{result_id}' AS result_id, DATE '{first}' AS eval_start, DATE '{last}' AS eval_end, * FROM compared",
+            f"SELECT '{result_id}' AS result_id, DATE '{last}' AS eval_end, * FROM compared",
         )
         query = f"SELECT contender, rows, seeds, improvement, low, high FROM improvement_results WHERE ds = '{last}' AND surface IS NULL AND task IS NULL AND bucket IS NULL"
         metadata: dict[str, Any] = {"result_id": result_id, "mean improvement": preview(con, query, 50)}
@@ -319,11 +331,11 @@ def compare(site: Site, last: date, run_id: str) -> dg.MaterializeResult:
     return dg.MaterializeResult(metadata=metadata)
 
 
-def _predictions_of(con: "DuckDBPyConnection", span: str, model: str) -> "pl.DataFrame":
-    """A model's predictions on some days, with the bucket of each row among its day's slice x task."""
+def _predictions_of(con: "DuckDBPyConnection", days: Sequence[date], model: str) -> "pl.DataFrame":
+    """A model's predictions on consecutive days, with the bucket of each row among its day's slice x task."""
     return con.sql(
-        f"""SELECT seed, ds AS day, impression_id, user_id, surface, product, task, score, probability,
+        """SELECT seed, ds AS day, impression_id, user_id, surface, product, task, score, probability,
             (ntile(10) OVER (PARTITION BY ds, seed, surface, product, task ORDER BY score DESC, impression_id) - 1)::INT AS bucket
-        FROM experiment_predictions WHERE {span} AND model = $model""",
-        params={"model": model},
+        FROM experiment_predictions WHERE ds BETWEEN $first AND $last AND model = $model""",
+        params={"model": model, "first": days[0], "last": days[-1]},
     ).pl()
