@@ -12,6 +12,7 @@ mtmd ui [--port PORT]                         the Dagster UI with its daemon
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -383,6 +384,8 @@ def ui(home: Home, port: int) -> int:
     command = [_script("dg"), "dev", "-w", str(CHECKOUT / "workspace.yaml"), "-p", str(port)]
     # Elsewhere than in the checkout, whose dagster.yaml is for those who start Dagster without a home.
     child = subprocess.Popen(command, cwd=folder)
+    # a Ctrl-C reaches both, what stops a service this process only
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         return child.wait()
     except KeyboardInterrupt:  # the child has it too, and takes a while

@@ -229,6 +229,20 @@ def test_an_interrupt_waits_for_the_child(home, tmp_path, command, hook, status)
     assert (process.returncode, out, err) == (status, "ended\n", "")
 
 
+def test_whoever_ends_the_ui_ends_dagster(home, tmp_path):
+    child, ready = tmp_path / "child", tmp_path / "ready"
+    child.write_text(CHILD.format(ready=ready).replace("INT", "TERM"))
+    child.chmod(0o755)
+    code = f"import sys; from mtmd_assets import cli; cli._script = lambda *_: {str(child)!r}; sys.exit(cli.main(['ui', '--port', '{free_port()}']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while not ready.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "ended\n")
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
