@@ -10,9 +10,11 @@ import re
 from collections.abc import Collection
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
+from mtmd_assets.domain_shift import domain_shifts
 from mtmd_assets.home import Site
 from mtmd_assets.improvement import verdict
 from mtmd_assets.pictures import markdown_table
@@ -254,8 +256,27 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
                 ["surface", "product", "task", "rows", "improvement"],
                 [[r["surface"], r["product"], r["task"], r["rows"], _cell(r)] for r in per_slice],
             ),
+            _shift(con, site, compared[1]),
         ]
     return parts
+
+
+def _shift(con: "DuckDBPyConnection", site: Site, day: date) -> str:
+    """What there is to adapt: how unlike the domains are, by the statistics of mtmd's own first seed."""
+    query = "SELECT model_version FROM experiment_models WHERE ds = ? AND model = 'mtmd' ORDER BY seed LIMIT 1"
+    [(version,)] = con.execute(query, [day]).fetchall()
+    manifest = json.loads((site.folder / "experiments" / version / "manifest.json").read_text())
+    shifts = domain_shifts(manifest["normalisation"])
+    if not shifts:
+        return ""
+    middle = median(shift.between for shift in shifts)
+    words = (
+        "What there is to adapt: the share of a dense feature's variance that lies between the domains of its tower "
+        f"(`mtmd_assets/domain_shift.py`). Median of the {len(shifts)} features that several domains have: {middle:.4f}. "
+        "The largest:"
+    )
+    rows = [[s.tower, s.feature, f"{s.between:.4f}"] for s in shifts[:5]]
+    return f"{words}\n\n{markdown_table(['tower', 'feature', 'between domains'], rows)}"
 
 
 def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:

@@ -17,8 +17,8 @@ from mtmd_assets.training_pool import TrainJob, train_all
 from tests.worlds import Runner, query, show_failure, small_adworld
 
 DAYS = [date(2026, 1, d) for d in (4, 5)]
-TRAINED = ("mtmd", *CONTENDERS, "no_routing")
-OF_DAY = {DAYS[0]: TRAINED[:-1], DAYS[1]: TRAINED}
+TRAINED = ("mtmd", *CONTENDERS, "no_routing", "no_domain_adaptation")
+OF_DAY = {DAYS[0]: TRAINED[:4], DAYS[1]: TRAINED}
 """Ablations are trained for the last day only."""
 
 
@@ -211,6 +211,8 @@ def test_the_document_says_what_the_tables_say(studied):
     headings = ("Against the contenders", "Every cell", "Parameters", "Calibration", "Who the routers use")
     assert all(f"\n### {heading}\n" in text for heading in headings)
     assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
+    assert "Domain adaptation, by cell:" in text
+    assert "Median of the" in text
     assert text.count(f"code `{model_store.code_version()}`") == 2
 
 
