@@ -32,14 +32,14 @@ sql: .venv/ready ## A DuckDB prompt on the tables, or one query: make sql Q="FRO
 scoreboard: .venv/ready ## LogMAE by slice and task, of every evaluated day
 	@$(BIN)/mtmd scoreboard --platform $(PLATFORM)
 
-results: .venv/ready ## MTMD against its contenders, into docs/results.md: MODELS=all for the ablations too
+results: .venv/ready ## MTMD against its contenders, into docs/results.md: MODELS=ablations for these
 	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)")
 
 tune: .venv/ready ## The search behind the settings of MTMD and its contenders
 	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG)
 
-bench: .venv/ready ## Speed and memory beside limits and peers: ONLY=feed,step for some of it
-	@$(BIN)/python -m benchmarks.bench $(if $(ONLY),--only "$(ONLY)")
+bench: .venv/ready ## Speed and memory beside limits and peers: ONLY=feed,step for some, LARGE=1 for the goals' own sizes
+	@$(BIN)/python -m benchmarks.bench $(if $(ONLY),--only "$(ONLY)") $(if $(LARGE),--large)
 
 clean: ## Remove the environment; the home (.mtmd) stays
 	rm -rf .venv

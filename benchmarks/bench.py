@@ -1,10 +1,11 @@
 """Every benchmark in one table, each figure beside a limit or a peer measured in the same run.
 
-make bench                                       # sizes for a laptop, a few minutes
-python -m benchmarks.bench --only feed,step      # some of them
-python -m benchmarks.bench --large               # the sizes that the goals speak of
+make bench                     # sizes for a laptop, a few minutes
+make bench ONLY=feed,step      # some of them
+make bench LARGE=1             # the sizes that the goals speak of, an hour
 
-Prints the machine, then a table; writes it to `bench.json` in the home folder. What each figure is: docs/benchmarks.md.
+Prints the machine, then a table; writes it to `bench.json` in the home folder, subject by subject: figures that were not
+measured this time stay. What each figure is: docs/benchmarks.md.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"subjects with commas between, of {','.join(SUBJECTS)}")
     parser.add_argument("--large", action="store_true", help="the sizes that the goals speak of")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a goal does not hold")
     options = parser.parse_args()
     subjects = options.only.split(",") if options.only else list(SUBJECTS)
     unknown = set(subjects) - set(SUBJECTS)
@@ -52,9 +55,11 @@ def main() -> None:
         figures = importlib.import_module(f"benchmarks.{subject}").figures(**SUBJECTS[subject] if options.large else {})
         print(f"\n{subject} ({time.perf_counter() - start:.0f} s)\n{table(figures)}", flush=True)
         found += figures
+        path = write(figures, Home().root / "bench.json")
     missed = sum(f.holds is False for f in found)
-    print(f"\n{sum(f.holds is True for f in found)} goals hold, {missed} do not")
-    print(write(found))
+    print(f"\n{sum(f.holds is True for f in found)} goals hold, {missed} do not\n{path}")
+    if options.strict and missed:
+        raise SystemExit(1)
 
 
 def machine() -> str:
@@ -78,12 +83,13 @@ def machine() -> str:
     )
 
 
-def write(figures: list[Figure]) -> Path:
-    """A list of objects in the home folder; a value that was not measured is null."""
-    path = Home().root / "bench.json"
+def write(figures: Sequence[Figure], path: Path) -> Path:
+    """Put figures into a file, a list of objects known by their names; a value that was not measured is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = [{**asdict(f), "value": None if math.isnan(f.value) else f.value} for f in figures]
-    path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    new = [{**asdict(f), "value": None if math.isnan(f.value) else f.value} for f in figures]
+    entries = {entry["name"]: entry for entry in [*earlier, *new]}
+    path.write_text(json.dumps(list(entries.values()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,26 +34,35 @@ def figures(rows: int = 250_000, repetitions: int = 5) -> list[Figure]:
         streamed = StreamFeed(FileWindow(encoder, files), rows, BATCH, seed=0)
         tables = list(read_tables(files[:1], encoder.columns()))
         matrix = np.zeros((rows, _bytes(window) // (4 * rows)), np.float32)
+
+        def decoded() -> Iterator[Batch]:
+            for table in tables:
+                yield from Feed(encoder.encode(table), encoder, BATCH, seed=0)
+
         works = [
             Work(rows, lambda: held),
             Work(rows, lambda: [matrix.copy()]),
             Work(rows, lambda: (encoder.encode(table) for table in tables)),
+            Work(rows, decoded),
             Work(2 * rows, lambda: streamed),
             Work(2 * rows, lambda: read_tables(files, encoder.columns())),
         ]
         seconds = alternating(*works, repetitions=repetitions)
-    batches, copy, encode, stream, read = (work.rows / s / 1e6 for work, s in zip(works, seconds, strict=True))
+    batches, copy, encode, from_decoded, stream, read = (
+        work.rows / s / 1e6 for work, s in zip(works, seconds, strict=True)
+    )
     per_core = [f"{work.per_core_second:.2f} a core" for work in works]
     unit = "M rows/s"
     copied = f"a copy of as many bytes {copy:.2f}"
     return [
         Figure.at_least("rows in memory to batches", batches, unit, f"{copied}; {per_core[0]}", 1.0),
         Figure.report("decoded Arrow to encoded rows", encode, unit, f"{copied}; {per_core[2]}"),
+        Figure.at_least("decoded Arrow to batches", from_decoded, unit, f"{copied}; {per_core[3]}", 1.0),
         Figure.at_least(
             "Parquet to batches, streamed",
             stream,
             unit,
-            f"reading the columns alone {read:.2f}; {per_core[3]}",
+            f"reading the columns alone {read:.2f}; {per_core[4]}",
             0.4,
         ),
     ]

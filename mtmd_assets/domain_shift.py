@@ -1,5 +1,6 @@
 """How differently the domains of a tower are distributed: what per-domain normalisation has to adapt."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ class Shift:
     between: float
     """Share of its variance that lies between the domains: 0 where all have the same mean, 1 where the domain tells
     the value (the correlation ratio, eta squared)."""
+    spread: float
+    """The largest standard deviation of a domain over the smallest; infinite if that is zero and the other is not."""
 
 
 def domain_shifts(normalisation: Mapping[str, Mapping[str, Mapping[str, Statistics]]]) -> list[Shift]:
@@ -29,7 +32,7 @@ def domain_shifts(normalisation: Mapping[str, Mapping[str, Mapping[str, Statisti
         for feature in dict.fromkeys(f for features in domains.values() for f in features):
             seen = [of[feature] for of in domains.values() if of.get(feature, {"count": 0})["count"] > 0]
             if len(seen) > 1:
-                found.append(Shift(tower, feature, _between(seen)))
+                found.append(Shift(tower, feature, _between(seen), _spread(seen)))
     return sorted(found, key=lambda shift: -shift.between)
 
 
@@ -39,3 +42,8 @@ def _between(seen: Sequence[Statistics]) -> float:
     between = sum(s["count"] * (s["mean"] - mean) ** 2 for s in seen)
     within = sum(s["count"] * s["std"] ** 2 for s in seen)
     return between / (between + within) if between else 0.0
+
+
+def _spread(seen: Sequence[Statistics]) -> float:
+    low, high = min(s["std"] for s in seen), max(s["std"] for s in seen)
+    return high / low if low else (math.inf if high else 1.0)

@@ -1,6 +1,6 @@
 """`docs/results.md`: what the experiments' tables say, in words and tables that a person can check with SQL.
 
-Nothing here computes a result; it reads `improvements`, `experiment_models`, `slice_metrics`, `trials` and the routing
+No model is judged here: it reads `improvements`, `experiment_models`, `slice_metrics`, `trials` and the routing
 table of one platform, and rewrites that platform's sections of the document: the contenders, the ablations, the search.
 A section of which this home has no tables stays as it was: each says what it is of.
 """
@@ -262,21 +262,20 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
 
 
 def _shift(con: "DuckDBPyConnection", site: Site, day: date) -> str:
-    """What there is to adapt: how unlike the domains are, by the statistics of mtmd's own first seed."""
+    """How unlike the domains are, by the statistics that mtmd's first seed normalises by."""
     query = "SELECT model_version FROM experiment_models WHERE ds = ? AND model = 'mtmd' ORDER BY seed LIMIT 1"
     [(version,)] = con.execute(query, [day]).fetchall()
-    manifest = json.loads((site.folder / "experiments" / version / "manifest.json").read_text())
-    shifts = domain_shifts(manifest["normalisation"])
+    manifest = site.folder / "experiments" / version / "manifest.json"
+    shifts = domain_shifts(json.loads(manifest.read_text())["normalisation"]) if manifest.is_file() else []
     if not shifts:
         return ""
-    middle = median(shift.between for shift in shifts)
-    words = (
-        "What there is to adapt: the share of a dense feature's variance that lies between the domains of its tower "
-        f"(`mtmd_assets/domain_shift.py`). Median of the {len(shifts)} features that several domains have: {middle:.4f}. "
-        "The largest:"
-    )
-    rows = [[s.tower, s.feature, f"{s.between:.4f}"] for s in shifts[:5]]
-    return f"{words}\n\n{markdown_table(['tower', 'feature', 'between domains'], rows)}"
+    between, spread = median(s.between for s in shifts), median(s.spread for s in shifts)
+    words = f"""How unlike the domains are in the {len(shifts)} dense features that several domains of a tower have
+(`mtmd_assets/domain_shift.py`): the share of the variance that lies between their means has a median of {between:.4f}, the
+largest standard deviation over the smallest one of {spread:.2f}. The five most unlike in their means:"""
+    rows = [[s.tower, s.feature, f"{s.between:.4f}", f"{s.spread:.2f}"] for s in shifts[:5]]
+    header = ["tower", "feature", "variance between means", "largest over smallest deviation"]
+    return f"{words}\n\n{markdown_table(header, rows)}"
 
 
 def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:

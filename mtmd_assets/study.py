@@ -78,7 +78,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         run("improvements", days[-1])
     writer.write_sections(document, site)
     with site.warehouse.connect() as con:
-        print(f"\n{site.platform.name}, {days[0]} to {days[-1]}: improvement of mtmd in LogMAE\n")
+        print(f"\n{site.platform.name}, {min(on_day)} to {days[-1]}: improvement of mtmd in LogMAE\n")
         print(writer.headline(con, others))
     print(f"\n{document}   every cell, with intervals")
     return 0

@@ -17,27 +17,32 @@ from torch import Tensor
 from mtmd_model.batch import Batch
 from mtmd_model.two_tower import TwoTower, dot_products
 
-PASSES = 2
-"""Newton steps, a pass over the days each: from a ratio of 0.9 two come within 1e-5 of 1."""
+TOLERANCE = 1e-4
+"""How far a ratio of sums may be from 1."""
+PASSES = 10
+"""Over the days, at most: the ratio of a model that has learned is near 1, and two or three do."""
 
 
 @torch.no_grad()
 def calibrate(model: TwoTower, batches: Callable[[], Iterable[Batch]]) -> Tensor:
-    """Move a model's biases until each task's predictions sum to its scores.
+    """Move a model's biases until each task's predictions sum to its scores, within `TOLERANCE`.
 
     Args:
         model: in evaluation mode.
         batches: the rows of the days to calibrate on, called once a pass; they count by their weight.
 
     Returns:
-        (T,) the sum of the predictions over that of the scores as it was before; NaN of a task without a score.
+        (T,) the sum of the predictions over that of the scores as it was before; not a finite number where no score is
+        above zero: such a task stays as it is.
     """
-    before_T = torch.empty(0)
-    for n in range(PASSES):
+    sums = _Sums.of(model, batches())
+    before_T = sums.ratio_T
+    for _ in range(PASSES - 1):
+        step_T = sums.step_T()
+        if not step_T.any():
+            break
+        model.bias.logits_TSP.add_(step_T[:, None, None])
         sums = _Sums.of(model, batches())
-        if n == 0:
-            before_T = sums.predicted_T / sums.scored_T
-        model.bias.logits_TSP.add_(sums.step_T()[:, None, None])
     return before_T
 
 
@@ -53,7 +58,7 @@ class _Sums:
 
     @classmethod
     def of(cls, model: TwoTower, batches: Iterable[Batch]) -> "_Sums":
-        """What a model predicts."""
+        """Those of a model's predictions."""
         like = model.bias.logits_TSP
         chain_TT = _chains(model).to(like.device)
         predicted_T = like.new_zeros(len(chain_TT), dtype=torch.float64)
@@ -70,14 +75,23 @@ class _Sums:
             slope_TT += p_BT.T @ torch.sigmoid(-z_BT)
         return cls(predicted_T, scored_T, slope_TT * chain_TT)
 
+    @property
+    def ratio_T(self) -> Tensor:
+        """(T,) predicted over scored."""
+        return self.predicted_T / self.scored_T
+
     def step_T(self) -> Tensor:
-        """Newton's, for the logarithms of the sums, which are nearly straight lines; a task without a score stays."""
+        """(T,) Newton's step for the logarithms of the sums, which are nearly straight lines; at most 1 logit.
+
+        Zero for a task without a score, and for all once the ratios are near enough.
+        """
         known_T = (self.scored_T > 0) & (self.predicted_T > 0)
-        slope_TT = torch.where(
-            known_T[:, None], self.slope_TT / self.predicted_T[:, None], torch.eye(len(known_T)).to(self.slope_TT)
-        )
-        wanted_T = torch.where(known_T, (self.scored_T / self.predicted_T).log(), 0)
-        return torch.linalg.solve(slope_TT, wanted_T).clamp(-1, 1)
+        wanted_T = torch.where(known_T, -self.ratio_T.log(), 0)
+        if (wanted_T.abs() < TOLERANCE).all():
+            return torch.zeros_like(wanted_T)
+        straight_TT = self.slope_TT / self.predicted_T[:, None]
+        straight_TT = torch.where(known_T[:, None], straight_TT, torch.eye(len(known_T)).to(straight_TT))
+        return torch.linalg.solve(straight_TT, wanted_T).clamp(-1, 1)
 
 
 def _chains(model: TwoTower) -> Tensor:

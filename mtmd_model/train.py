@@ -124,7 +124,7 @@ class TrainResult:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One entry an epoch: epoch, train_loss, validation_loss, validation_logmae."""
+        """One entry an epoch: epoch, train_loss, validation_loss, validation_logmae; before calibration."""
         return list(self.manifest["history"])
 
     @property
@@ -249,9 +249,11 @@ def _calibrated(model: TwoTower, data: WindowData, device: torch.device) -> dict
     model.to(device)
     days = data.validation
     assert days is not None
-    ratio_T = calibrate(model, lambda: _on(device, data.blocks(days)))
+    # what was compiled for training would be compiled anew for these batches
+    with torch.compiler.set_stance("force_eager"):
+        ratio_T = calibrate(model, lambda: _on(device, data.blocks(days)))
     names = [task.name for task in model.schema.tasks]
-    return {name: None if math.isnan(r) else r for name, r in zip(names, ratio_T.tolist(), strict=True)}
+    return {name: r if math.isfinite(r) else None for name, r in zip(names, ratio_T.tolist(), strict=True)}
 
 
 def _on(device: torch.device, blocks: Iterable[Batch]) -> Iterator[Batch]:

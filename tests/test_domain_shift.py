@@ -16,7 +16,8 @@ def test_the_share_is_the_correlation_ratio_of_the_values():
     every = np.concatenate(groups)
     fitted = np.concatenate([np.full(len(g), g.mean()) for g in groups])
     [shift] = domain_shifts({"query": {f"d{n}": {"x": statistics(g)} for n, g in enumerate(groups)}})
-    assert shift == Shift("query", "x", pytest.approx(fitted.var() / every.var()))
+    spread = max(g.std() for g in groups) / min(g.std() for g in groups)
+    assert shift == Shift("query", "x", pytest.approx(fitted.var() / every.var()), pytest.approx(spread))
 
 
 def test_the_most_unlike_comes_first_and_what_one_domain_has_alone_is_left_out():
@@ -28,3 +29,10 @@ def test_the_most_unlike_comes_first_and_what_one_domain_has_alone_is_left_out()
     }
     found = domain_shifts({"query": domains, "item": {"only": {"c": same}}})
     assert [(s.feature, s.between) for s in found] == [("b", pytest.approx(16 / 17)), ("a", 0.0), ("constant", 0.0)]
+    assert [s.spread for s in found] == [1.0, 1.0, 1.0]
+
+
+def test_a_feature_that_is_constant_in_one_domain_only_has_an_infinite_spread():
+    still, moving = {"mean": 0.0, "std": 0.0, "count": 5}, {"mean": 0.0, "std": 2.0, "count": 5}
+    [shift] = domain_shifts({"item": {"a": {"x": still}, "b": {"x": moving}}})
+    assert (shift.between, shift.spread) == (0.0, np.inf)

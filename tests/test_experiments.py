@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from datetime import date
 
 import numpy as np
+import polars as pl
 import pytest
 
 from mtmd_assets import contenders, model_store, study, tuning
@@ -212,7 +213,7 @@ def test_the_document_says_what_the_tables_say(studied):
     assert all(f"\n### {heading}\n" in text for heading in headings)
     assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
     assert "Domain adaptation, by cell:" in text
-    assert "Median of the" in text
+    assert "How unlike the domains are in the 18 dense features" in text
     assert text.count(f"code `{model_store.code_version()}`") == 2
 
 
@@ -251,6 +252,24 @@ def test_a_model_without_all_of_its_days_is_not_compared(studied):
         experiments.compare(site, DAYS[1], "again", said.append)
     with pytest.raises(Withheld, match=r"no model has experiments of 2026-01-18 to 2026-01-20"):
         experiments.compare(short, date(2026, 1, 20), "none", said.append)
+
+
+def test_seeds_that_lack_a_day_are_not_compared():
+    from mtmd_assets.assets.experiments import _of_whole_seeds
+
+    def rows(*pairs: tuple[date, int]) -> pl.DataFrame:
+        return pl.DataFrame({"day": [d for d, _ in pairs], "seed": [s for _, s in pairs]})
+
+    first, second = DAYS
+    mtmd = rows((first, 0), (first, 0), (second, 0), (first, 1), (second, 1), (first, 2))
+    contender = rows((first, 0), (second, 0), (second, 1), (first, 2), (second, 2))
+    ours, theirs = _of_whole_seeds(mtmd, contender, DAYS)
+    assert ours.rows() == [(first, 0), (first, 0), (second, 0)]
+    assert theirs.rows() == [(first, 0), (second, 0)]
+    assert _of_whole_seeds(mtmd.filter(pl.col("day") == second), contender, [second])[0].rows() == [
+        (second, 0),
+        (second, 1),
+    ]
 
 
 def test_mtmd_alone_has_nothing_to_be_compared_with(studied):

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,20 @@ def test_a_step_without_a_compiler_is_not_called_compiled(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="goes on without it"):
         step = Step(synthetic.platform(2, 1), MTMDConfig.preset("small"), 16, compiled=True)
     assert not step.compiled
+
+
+def test_steps_of_both_precisions_are_measured_beside_a_bf16_product():
+    figures = gpu.step_figures(CPU, MTMDConfig.preset("small"), [64])
+    assert [f.name.rpartition(", ")[2] for f in figures] == ["fp32", "bf16"], "no compiling on a CPU"
+    assert all(f.value > 0 for f in figures)
+    assert [f.goal for f in figures] == ["", "≥ 0.25"]
+
+
+def test_a_copy_is_no_kernel():
+    names = ("ampere_bf16_gemm", "Memcpy HtoD (Pinned -> Device)", "Memset (Device)")
+    events = [SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, name=n) for n in names]
+    events.append(SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, name="aten::mm"))
+    assert [gpu._on_device(e) for e in events] == [True, False, False, False]
 
 
 def test_every_feed_is_timed_beside_the_bare_step():

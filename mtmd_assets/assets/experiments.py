@@ -304,20 +304,27 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
                 log(f"{model} is left out: no experiments of it, or of mtmd, on {', '.join(map(str, missing))}")
         whole = {m: days for m, days in spans.items() if not lacking[m]}
         if not whole:
-            first = min((min(days) for days in spans.values()), default=last)
+            first = compared_days(platform, "", last)[0]
             raise Withheld(f"no model has experiments of {first} to {last}: run {platform.name}_experiments")
         versions = con.execute(
-            "SELECT model, list(DISTINCT model_version ORDER BY model_version) FROM experiment_predictions WHERE ds BETWEEN ? AND ? GROUP BY model ORDER BY model",
-            [min(min(days) for days in whole.values()), last],
+            """SELECT model, list(DISTINCT model_version ORDER BY model_version) FROM experiment_predictions
+            WHERE ds BETWEEN ? AND ? AND list_contains(?, model) GROUP BY model ORDER BY model""",
+            [min(min(days) for days in whole.values()), last, ["mtmd", *whole]],
         ).fetchall()
         result_id = f"{last}-{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:10]}"
         mtmd = _predictions_of(con, min(whole.values(), key=min), "mtmd")
         tables = []
         for model, days in whole.items():
-            contender = _predictions_of(con, days, model)
-            both = contender.select("day", "seed").unique()
-            table = improvement_table(mtmd.join(both, on=["day", "seed"], how="semi"), contender)
+            ours, theirs = _of_whole_seeds(
+                mtmd.filter(pl.col("day") >= days[0]), _predictions_of(con, days, model), days
+            )
+            if ours.is_empty():
+                log(f"{model} is left out: it and mtmd have no seed in common on all of its days")
+                continue
+            table = improvement_table(ours, theirs)
             tables.append(table.with_columns(contender=pl.lit(model), eval_start=pl.lit(days[0])))
+        if not tables:
+            raise Withheld(f"no model has a seed in common with mtmd: run {platform.name}_experiments")
         con.register("compared", pl.concat(tables))
         stage.write(
             con,
@@ -329,6 +336,17 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
         metadata: dict[str, Any] = {"result_id": result_id, "mean improvement": preview(con, query, 50)}
         stage.publish()
     return dg.MaterializeResult(metadata=metadata)
+
+
+def _of_whole_seeds(
+    mtmd: "pl.DataFrame", contender: "pl.DataFrame", days: Sequence[date]
+) -> tuple["pl.DataFrame", "pl.DataFrame"]:
+    """The rows of the seeds that both have on every day."""
+    import polars as pl
+
+    both = mtmd.select("day", "seed").unique().join(contender.select("day", "seed").unique(), on=["day", "seed"])
+    whole = both.group_by("seed").len().filter(pl.col("len") == len(days)).select("seed")
+    return mtmd.join(whole, on="seed", how="semi"), contender.join(whole, on="seed", how="semi")
 
 
 def _predictions_of(con: "DuckDBPyConnection", days: Sequence[date], model: str) -> "pl.DataFrame":
