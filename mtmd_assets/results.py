@@ -27,8 +27,8 @@ CELLS = "contender = $model AND surface IS NOT NULL AND bucket IS NULL"
 MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
 HEAD = """# Results
 
-Written by `make results PLATFORM=…`, three sections a platform: contenders, ablations, search; every number is in the
-tables of the home that it was run in. A section that a run has nothing new for is left as an earlier one wrote it.
+Written by `make results PLATFORM=…`, three sections a platform: contenders, ablations, search. Every number was in the
+tables of the home that it was run in; a section that a run has nothing new for is left as an earlier one wrote it.
 """
 
 
