@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import sql
 from mtmd_assets.contenders import CONTENDERS
-from mtmd_assets.faults import BadFile, PlatformError
+from mtmd_assets.faults import BadFile, PlatformError, Withheld
 from mtmd_assets.home import ALWAYS, CHECKOUT, Home, Site
 from mtmd_assets.platform import Platform
 from mtmd_assets.sources import open_source
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "register":
             return register(home, options.file, options.data)
         return ui(home, options.port)
-    except (PlatformError, BadFile, PermissionError) as e:
+    except (PlatformError, BadFile, Withheld, PermissionError) as e:
         print(e, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -119,7 +119,8 @@ def demo(home: Home, name: str, data: str | None) -> int:
     platform = site.platform
     evaluated = platform.end or platform.first_window_end + timedelta(1)
     trained = evaluated - timedelta(1)
-    first = platform.start if not platform.logs_scores else platform.window(trained)[0]
+    seen = max(platform.start, platform.window(trained)[0] - timedelta(platform.history_days))
+    first = platform.start if not platform.logs_scores else seen
     print(f"{platform.name}: {len(platform.slices)} slices, {len(platform.tasks)} tasks, home {home.root}", flush=True)
     with _jobs(home, site) as run:
         with _step(f"1/3 build and check the days {first} to {evaluated}"):

@@ -89,12 +89,13 @@ def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date,
 HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
 the pooled rows of the evaluation days, the mean of the seeds. The mean is unweighted over the cells with at least {MIN_ROWS}
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
-simultaneous (max-t) intervals. A bootstrap over three seeds is coarse: where seeds differ more than users, its
-intervals are too short (`mtmd_assets/improvement.py` has the figures)."""
+simultaneous (max-t) intervals. A bootstrap over a few seeds is coarse: where seeds differ more than users, its intervals
+are too short (`mtmd_assets/improvement.py` has the figures), and days are not resampled."""
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
-both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals."""
+both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals. Widths are divided by what
+the preset divides all of its widths by; half of the rows are half of the steps too."""
 
 SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trainings for each model; the best
 three of each on every tuning day with two seeds, the others once, on the last. What was chosen after it, and what it
@@ -115,10 +116,15 @@ def _setting(con: "DuckDBPyConnection", site: Site, models: Collection[str], fir
     ).fetchall()
     [(result_id, seeds, rows)] = con.execute(
         """SELECT any_value(result_id), max(seeds), max(rows) FROM (
-            SELECT any_value(result_id) AS result_id, max(seeds) AS seeds,
-                sum(rows) FILTER (bucket IS NULL AND surface IS NOT NULL AND task = $task) AS rows
-            FROM improvements WHERE list_contains($models, contender) GROUP BY contender)""",
-        {"task": site.platform.task_names[0], "models": list(models)},
+            SELECT any_value(result_id) AS result_id, max(seeds) AS seeds, sum(rows) AS rows
+            FROM (
+                SELECT contender, surface, product, any_value(result_id) AS result_id, max(seeds) AS seeds, max(rows) AS rows
+                FROM improvements
+                WHERE list_contains($models, contender) AND bucket IS NULL AND surface IS NOT NULL
+                GROUP BY ALL
+            )
+            GROUP BY contender)""",
+        {"models": list(models)},
     ).fetchall()
     spans = ", ".join(f"{start} to {end}" for start, end in windows)
     versions = ", ".join(f"`{code}`" for (code,) in codes)
@@ -238,7 +244,8 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
             r["bucket"]: r for r in _rows(con, "contender = $model AND surface IS NULL AND task IS NULL", model=model)
         }
         if found:
-            buckets = [f"{found[b]['improvement']:+.1%}" if found.get(b) else "" for b in range(5)]
+            means = [found[b]["improvement"] if b in found else None for b in range(5)]
+            buckets = ["" if mean is None else f"{mean:+.1%}" for mean in means]
             cells = [r for r in _rows(con, CELLS, model=model) if r["rows"] >= MIN_ROWS]
             verdicts = [verdict(r) for r in cells]
             mean = found[None]
@@ -293,7 +300,7 @@ def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
 
 def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:
     cursor = con.execute(
-        f"""PIVOT (SELECT tower, domain, task, expert, avg(mean_gate) AS gate, avg(entropy) AS entropy, avg(entropy_of_mean) AS of_mean
+        f"""PIVOT (SELECT tower, domain, task, expert, avg(mean_gate) AS gate, round(avg(entropy), 6) AS entropy, round(avg(entropy_of_mean), 6) AS of_mean
             FROM experiment_routing_metrics WHERE ds BETWEEN '{first}' AND '{last}' GROUP BY ALL)
         ON expert USING first(gate) ORDER BY tower DESC, domain, task"""
     )
@@ -311,6 +318,10 @@ def _search(con: "DuckDBPyConnection", site: Site) -> list[str]:
 
 
 def _interval(row: dict[str, Any]) -> str:
+    if row["improvement"] is None:
+        return f"no cell with {MIN_ROWS} rows"
+    if row["seeds"] == 1:
+        return f"{row['improvement']:+.1%} (one seed)"  # users alone say too little of a training
     return f"{row['improvement']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]"
 
 

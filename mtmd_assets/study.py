@@ -52,7 +52,9 @@ def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:
     """Build the days of data that these evaluation days need and that are not there, in one run."""
     platform = site.platform
     windows = platform.window(days[0] - timedelta(1))[0]
-    first = platform.start if not platform.logs_scores else windows
+    # features from history read the impressions of the days before
+    seen = max(platform.start, windows - timedelta(platform.history_days))
+    first = platform.start if not platform.logs_scores else seen
     missing = site.warehouse.missing("joined_examples", max(windows, platform.scored_from), days[-1])
     if missing:
         with step(f"build and check the days {first} to {days[-1]}"):
