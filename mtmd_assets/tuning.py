@@ -1,7 +1,7 @@
 """The search behind the settings of MTMD and its contenders: the same number of trainings for each.
 
-Single changes first, each of one setting of the start, on the last tuning day; then the best of them joined. The best of
-all are trained for every tuning day with two seeds, and the best mean is what to take. A trial trains on the days before
+Single changes first, each of one setting of the start, on the last tuning day; then the best of them joined, and what the
+platform file says. The best of all are trained for every tuning day with two seeds, and the best mean is what to take. A trial trains on the days before
 a tuning day, stops on that day and is judged on it, as the last day of a window decides when to stop; the tuning days
 lie before every evaluation day. What is chosen goes into the platform file by hand: MTMD's into `training`, a
 contender's into `experiments.contenders`.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
-from mtmd_assets.contenders import CONTENDERS, Change, train_config
+from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
@@ -31,6 +31,8 @@ JOINED = 5
 FINALISTS = 3
 """Trials of a model that go on to the other tuning days and to `SEEDS`."""
 SEEDS = (0, 1)
+OWN = "platform file"
+"""The trial of the settings that the platform file has now."""
 
 START: Mapping[str, Any] = {
     "learning_rate": 2e-3,
@@ -121,9 +123,10 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
 
     def run(todo: Sequence[_Trial]) -> None:
         jobs = [_job(site, trial) for trial in todo]
-        missing = [job for job in jobs if not (job.folder / "manifest.json").is_file()]
+        # two trials may be the same training
+        missing = {job.name: job for job in jobs if not (job.folder / "manifest.json").is_file()}
         log(f"{len(jobs) - len(missing)} of {len(jobs)} trials are there already")
-        train_all(missing, workers, log)
+        train_all(list(missing.values()), workers, log)
         rows.extend(map(_row, todo, jobs))
 
     def ranked(model: str) -> list[str]:
@@ -131,13 +134,14 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
         return [r["trial"] for r in sorted(rows, key=lambda r: r["logmae"]) if r["model"] == model]
 
     def trial(model: str, name: str, day: date, seed: int) -> _Trial:
-        change = Change(model, training={**start(platform, model), **changes[model][name]})
+        of_trial = Change(model, training={**start(platform, model), **changes[model].get(name, {})})
+        change = change_of(platform, model) if name == OWN else of_trial
         return _Trial(model, name, day, seed, change)
 
     run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
     second = {model: joined(changes[model], ranked(model)) for model in models}
     changes = {model: {**changes[model], **second[model]} for model in models}
-    run([trial(model, name, last, SEEDS[0]) for model in models for name in second[model]])
+    run([trial(model, name, last, SEEDS[0]) for model in models for name in [*second[model], OWN]])
     finalists = [(model, name) for model in models for name in ranked(model)[:FINALISTS]]
     again = [(day, seed) for day in (last, *others) for seed in SEEDS if (day, seed) != (last, SEEDS[0])]
     run([trial(model, name, day, seed) for day, seed in again for model, name in finalists])

@@ -290,15 +290,17 @@ def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_an
         studied, "SELECT model, trial, seed, window_end, logmae, window_start, config FROM trials ORDER BY ALL"
     )
     assert {r[5] for r in rows} == {date(2026, 1, 1)}
-    late, early = date(2026, 1, 3), date(2026, 1, 2)
+    late, early, platform = date(2026, 1, 3), date(2026, 1, 2), studied.site.platform
     for model in ("mtmd", "pooled_towers"):
         first = {r[1]: r[4] for r in rows if r[0] == model and r[2:4] == (0, late)}
         pair = " + ".join(sorted(("dropout", "rate"), key=first.__getitem__))
-        assert first.keys() == {*changes, pair}
-        assert len(set(first.values())) == 4, "four different trainings"
+        assert first.keys() == {*changes, pair, tuning.OWN}
+        assert len(set(first.values())) == 5, "five different trainings"
         [config] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, pair)][:1]
         assert (config["model"]["dropout"], config["optimiser"]["learning_rate"]) == (0.5, 1e-4)
         others = {r[1:4] for r in rows if r[0] == model and r[2:4] != (0, late)}
+        [own] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, tuning.OWN)][:1]
+        assert own == train_config(platform, change_of(platform, model), 0).to_dict()
         best = min(first, key=first.__getitem__)
         assert others == {(best, 1, late), (best, 0, early), (best, 1, early)}
     printed = capsys.readouterr().out
