@@ -300,7 +300,7 @@ def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_an
         assert (config["model"]["dropout"], config["optimiser"]["learning_rate"]) == (0.5, 1e-4)
         others = {r[1:4] for r in rows if r[0] == model and r[2:4] != (0, late)}
         [own] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, tuning.OWN)][:1]
-        assert own == train_config(platform, change_of(platform, model), 0).to_dict()
+        assert own == json.loads(json.dumps(train_config(platform, change_of(platform, model), 0).to_dict()))
         best = min(first, key=first.__getitem__)
         assert others == {(best, 1, late), (best, 0, early), (best, 1, early)}
     printed = capsys.readouterr().out
