@@ -183,12 +183,12 @@ class _Epochs:
             self.profiler.start()
         if self.profiler is not None and len(self.seconds) == 3:
             self.profiler.stop()
-            spans = ((e.time_range.start, e.time_range.end) for e in self.profiler.events() if _on_device(e))
+            spans = ((e.time_range.start, e.time_range.end) for e in self.profiler.events() if _is_kernel(e))
             self.busy = 1e-6 * sum(stop - start for start, stop in union(spans))
         self.last = time.perf_counter()
 
 
-def _on_device(event: Any) -> bool:
+def _is_kernel(event: Any) -> bool:
     """Whether it is a kernel: a copy from the host is what waiting for a feed looks like."""
     copies = ("Memcpy", "Memset")
     return bool(event.device_type == DeviceType.CUDA) and not event.name.startswith(copies)

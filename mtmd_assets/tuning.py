@@ -1,10 +1,10 @@
 """The search behind the settings of MTMD and its contenders: the same number of trainings for each.
 
 Single changes first, each of one setting of the start, on the last tuning day; then the best of them joined, and what the
-platform file says. The best of all are trained for every tuning day with two seeds, and the best mean is what to take. A trial trains on the days before
-a tuning day, stops on that day and is judged on it, as the last day of a window decides when to stop; the tuning days
-lie before every evaluation day. What is chosen goes into the platform file by hand: MTMD's into `training`, a
-contender's into `experiments.contenders`.
+platform file says. The best of all are trained for every tuning day with two seeds, and the best mean is what to take.
+A trial trains on the days before a tuning day, stops on that day and is judged on it, as the last day of a window decides
+when to stop; the tuning days lie before every evaluation day. What is chosen goes into the platform file by hand: MTMD's
+into `training`, a contender's into `experiments.contenders`.
 """
 
 import json
@@ -134,8 +134,9 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
         return [r["trial"] for r in sorted(rows, key=lambda r: r["logmae"]) if r["model"] == model]
 
     def trial(model: str, name: str, day: date, seed: int) -> _Trial:
-        of_trial = Change(model, training={**start(platform, model), **changes[model].get(name, {})})
-        change = change_of(platform, model) if name == OWN else of_trial
+        if name == OWN:
+            return _Trial(model, name, day, seed, change_of(platform, model))
+        change = Change(model, training={**start(platform, model), **changes[model][name]})
         return _Trial(model, name, day, seed, change)
 
     run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])

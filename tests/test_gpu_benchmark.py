@@ -42,7 +42,7 @@ def test_a_copy_is_no_kernel():
     names = ("ampere_bf16_gemm", "Memcpy HtoD (Pinned -> Device)", "Memset (Device)")
     events = [SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, name=n) for n in names]
     events.append(SimpleNamespace(device_type=torch.autograd.DeviceType.CPU, name="aten::mm"))
-    assert [gpu._on_device(e) for e in events] == [True, False, False, False]
+    assert [gpu._is_kernel(e) for e in events] == [True, False, False, False]
 
 
 def test_every_feed_is_timed_beside_the_bare_step():

@@ -304,7 +304,7 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
                 log(f"{model} is left out: no experiments of it, or of mtmd, on {', '.join(map(str, missing))}")
         whole = {m: days for m, days in spans.items() if not lacking[m]}
         if not whole:
-            first = compared_days(platform, "", last)[0]
+            first = compared_days(platform, "mtmd", last)[0]
             raise Withheld(f"no model has experiments of {first} to {last}: run {platform.name}_experiments")
         versions = con.execute(
             """SELECT model, list(DISTINCT model_version ORDER BY model_version) FROM experiment_predictions
