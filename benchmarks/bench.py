@@ -4,8 +4,8 @@ make bench                     # sizes for a laptop, a few minutes
 make bench ONLY=feed,step      # some of them
 make bench LARGE=1             # the sizes that the goals speak of, an hour
 
-Prints the machine, then a table; writes it to `bench.json` in the home folder, subject by subject: figures that were not
-measured this time stay. What each figure is: docs/benchmarks.md.
+Prints the machine, then a table; writes it to `bench.json` in the home folder, subject by subject: the figures of
+subjects that were not measured this time stay. What each figure is: docs/benchmarks.md.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def main() -> None:
         figures = importlib.import_module(f"benchmarks.{subject}").figures(**SUBJECTS[subject] if options.large else {})
         print(f"\n{subject} ({time.perf_counter() - start:.0f} s)\n{table(figures)}", flush=True)
         found += figures
-        path = write(figures, Home().root / "bench.json")
+        path = write(subject, figures, Home().root / "bench.json")
     missed = sum(f.holds is False for f in found)
     print(f"\n{sum(f.holds is True for f in found)} goals hold, {missed} do not\n{path}")
     if options.strict and missed:
@@ -83,13 +84,18 @@ def machine() -> str:
     )
 
 
-def write(figures: Sequence[Figure], path: Path) -> Path:
-    """Put figures into a file, a list of objects known by their names; a value that was not measured is null."""
+def write(subject: str, figures: Sequence[Figure], path: Path) -> Path:
+    """Put a subject's figures into a file, a list of objects, in place of what it had; others' stay.
+
+    Each has the fields of `Figure`, its subject, the machine, and the second it was written; a value that was not
+    measured is null.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    new = [{**asdict(f), "value": None if math.isnan(f.value) else f.value} for f in figures]
-    entries = {entry["name"]: entry for entry in [*earlier, *new]}
-    path.write_text(json.dumps(list(entries.values()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    about = {"subject": subject, "machine": machine(), "at": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"}
+    new = [{**asdict(f), "value": None if math.isnan(f.value) else f.value, **about} for f in figures]
+    entries = [entry for entry in earlier if entry.get("subject") != subject] + new
+    path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -189,9 +189,10 @@ class _Epochs:
 
 
 def _is_kernel(event: Any) -> bool:
-    """Whether it is a kernel: a copy from the host is what waiting for a feed looks like."""
-    copies = ("Memcpy", "Memset")
-    return bool(event.device_type == DeviceType.CUDA) and not event.name.startswith(copies)
+    """Whether it is a kernel: a copy from the host is what waiting for a feed looks like, a named span holds gaps."""
+    if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+        return False
+    return not event.name.startswith(("Memcpy", "Memset"))
 
 
 def union(spans: Iterator[tuple[float, float]]) -> list[tuple[float, float]]:

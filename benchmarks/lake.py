@@ -39,20 +39,31 @@ PUBLISHED, BACKFILL = 1.8, 1.5
 
 
 class Metered:
-    """A piece of work that notes the CPU seconds of each of its runs."""
+    """A piece of work that notes the seconds and the CPU seconds of each of its runs."""
 
     def __init__(self, work: Callable[[], object]):
-        self.work, self.runs = work, list[float]()
+        self.work, self.runs, self.cpu_runs = work, list[float](), list[float]()
 
     def __call__(self) -> None:
-        start = time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         self.work()
-        self.runs.append(time.process_time() - start)
+        self.runs.append(time.perf_counter() - start)
+        self.cpu_runs.append(time.process_time() - cpu)
+
+    @property
+    def seconds(self) -> float:
+        """Median, the warm-up left out."""
+        return statistics.median(self.runs[1:] or self.runs)
 
     @property
     def cpu(self) -> float:
         """Median CPU seconds, the warm-up left out."""
-        return statistics.median(self.runs[1:] or self.runs)
+        return statistics.median(self.cpu_runs[1:] or self.cpu_runs)
+
+    def forget(self) -> None:
+        """Start anew."""
+        self.runs.clear()
+        self.cpu_runs.clear()
 
 
 def figures(
@@ -74,20 +85,23 @@ def figures(
         folder: where the lakes go; a temporary one when left out.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        found = _start_up()
+        found = _start_up(repetitions)
         found += _logs(world(Path(scratch) / "logs", rows), repetitions)
         found += _day(Path(scratch), rows, repetitions, growth)
-        return found + _backfill(world(Path(scratch) / "backfill", backfill_rows or rows), backfill_rows or rows, days)
+        rows = backfill_rows or rows
+        return found + _backfill(world(Path(scratch) / "backfill", rows), rows, days, repetitions)
 
 
 # -- what is measured --------------------------------------------------------------------------------------------
 
 
-def _start_up() -> list[Figure]:
+def _start_up(repetitions: int) -> list[Figure]:
     """What a process pays once."""
 
     def importing(statement: str) -> float:
-        return seconds(lambda: subprocess.run([sys.executable, "-c", statement], check=True, cwd=CHECKOUT), 3, 0)
+        return seconds(
+            lambda: subprocess.run([sys.executable, "-c", statement], check=True, cwd=CHECKOUT), repetitions, 0
+        )
 
     bare, location = importing("import dagster"), importing("import mtmd_assets.definitions")
     checks = importing("import great_expectations")
@@ -145,7 +159,7 @@ def _day(scratch: Path, rows: int, repetitions: int, growth: int) -> list[Figure
     if growth > 1:
         larger = _with_logs(world(scratch / "larger", rows * growth))
         long = Metered(lambda: _publish(larger))
-        ours.runs.clear()
+        ours.forget()
         slow, quick = alternating(long, ours, repetitions=max(2, repetitions // 2))
         name = f"a day {growth} times larger, per row"
         reference = f"{quick / rows * 1e6:.2f} s a million rows of the smaller day"
@@ -190,7 +204,7 @@ def _parts(site: Site, took: float, repetitions: int) -> list[Figure]:
     ]
 
 
-def _backfill(site: Site, rows: int, days: int) -> list[Figure]:
+def _backfill(site: Site, rows: int, days: int, repetitions: int) -> list[Figure]:
     """One run of Dagster over `days` days that have logs, beside the bare joins, less what one run costs at all."""
     import dagster as dg
 
@@ -214,8 +228,12 @@ def _backfill(site: Site, rows: int, days: int) -> list[Figure]:
 
     one, whole = Metered(lambda: run(DAY)), Metered(lambda: run(DAY + timedelta(days - 1)))
     bare = Metered(lambda: _bare_join(site))
-    first, alone = alternating(one, bare, repetitions=3)
-    took = seconds(whole, 1, 0)
+    os.sync()  # else the disk still writes the days' logs
+    # before and after: a machine that slows down meanwhile does so for both sides
+    alternating(one, bare, repetitions=repetitions)
+    whole()
+    alternating(one, bare, repetitions=repetitions)
+    first, alone, took = one.seconds, bare.seconds, whole.seconds
 
     def start_up(first: float, took: float) -> float:
         """A run of one day is the start-up and a day."""

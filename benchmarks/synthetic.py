@@ -10,16 +10,25 @@ from mtmd_model.batch import Batch
 from mtmd_model.encoder import Encoder, fit_encoder
 from mtmd_model.schema import Feature, Schema, Side, Task
 
+IDS = 1_000_000
+KNOWN = tuple(str(n) for n in range(0, IDS, 128))
+
 
 def platform(surfaces: int = 3, products: int = 2) -> Schema:
-    """44 dense and 16 categorical features that every domain has, four tasks; vocabularies fixed or hashed."""
+    """44 dense and 16 categorical features that every domain has, four tasks.
+
+    Vocabularies are fixed or hashed: two features of a million ids are hashed, two have a row for every 128th id.
+    """
     every_surface = tuple(f"surface {n}" for n in range(surfaces))
     every_product = tuple(f"product {n}" for n in range(products))
     sides: list[tuple[Side, tuple[str, ...], int]] = [("query", every_surface, 26), ("item", every_product, 18)]
     features = []
     for side, has, dense in sides:
         features += [Feature(f"{side} dense {n}", side, "dense", has, log1p=n % 4 == 0) for n in range(dense)]
-        features += [Feature(f"{side} id {n}", side, "categorical", has, buckets=8192) for n in range(2)]
+        features += [
+            Feature(f"{side} id", side, "categorical", has, buckets=8192),
+            Feature(f"{side} known id", side, "categorical", has, vocabulary=KNOWN),
+        ]
         words = tuple(f"word {n}" for n in range(20))
         features += [
             Feature(f"{side} word {n}", side, "categorical", has, vocabulary=words, key=n < 2) for n in range(6)
@@ -41,8 +50,8 @@ def examples(schema: Schema, rows: int, seed: int = 0) -> pa.Table:
         missing = rng.random(rows, np.float32) < 0.1
         if f.kind == "dense":
             columns[f.name] = pa.array(rng.standard_normal(rows, np.float32), mask=missing)
-        elif f.vocabulary is None:
-            columns[f.name] = pa.array(rng.integers(1_000_000, size=rows), mask=missing)
+        elif f.vocabulary is None or f.vocabulary is KNOWN:
+            columns[f.name] = pa.array(rng.integers(IDS, size=rows), mask=missing)
         else:
             columns[f.name] = pa.array(f.vocabulary).take(pa.array(rng.integers(20, size=rows), mask=missing))
     ctr = rng.random(rows)

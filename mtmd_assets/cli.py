@@ -11,6 +11,7 @@ mtmd ui [--port PORT]                         the Dagster UI with its daemon
 """
 
 import argparse
+import atexit
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from datetime import date, timedelta
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import sql
 from mtmd_assets.contenders import CONTENDERS
@@ -92,6 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def run() -> NoReturn:
+    """`main` as a process: it ends without taking apart what Dagster and torch have loaded, which takes seconds."""
+    status = main()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def register(home: Home, file: str, data: str | None) -> int:
@@ -410,4 +420,4 @@ def _script(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

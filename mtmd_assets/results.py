@@ -13,6 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
+from mtmd_assets.calibration_table import calibration_table
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.domain_shift import domain_shifts
 from mtmd_assets.home import Site
@@ -286,16 +289,29 @@ largest standard deviation over the smallest one of {spread:.2f}. The five most 
 
 
 def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
-    """Sum of probabilities over sum of scores, a slice with enough rows."""
-    rows = con.execute(
-        """SELECT surface, product, task, (count(*) / count(DISTINCT seed))::BIGINT AS rows, sum(probability) / sum(score) AS calibration
-        FROM experiment_predictions WHERE model = 'mtmd' AND ds BETWEEN ? AND ? GROUP BY ALL HAVING rows >= ? ORDER BY ALL""",
-        [first, last, CALIBRATED_ROWS],
-    ).fetchall()
-    inside = sum(0.95 <= r[4] <= 1.05 for r in rows)
-    words = f"Σp̂/Σt of mtmd in the slices with at least {CALIBRATED_ROWS:,} rows: {inside} of {len(rows)} cells within 0.95 to 1.05."
-    table = [[s, p, t, n, f"{c:.3f}"] for s, p, t, n, c in rows]
-    return f"{words}\n\n{markdown_table(['surface', 'product', 'task', 'rows', 'calibration'], table)}"
+    """Sum of probabilities over sum of scores, a cell with enough rows: mtmd with intervals, the others beside it."""
+    found: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}
+    for model in ("mtmd", *CONTENDERS):
+        sums = con.sql(
+            """SELECT seed, user_id, surface, product, task, count(*) AS rows, sum(probability) AS predicted, sum(score) AS scored
+            FROM experiment_predictions WHERE model = $model AND ds BETWEEN $first AND $last GROUP BY ALL""",
+            params={"model": model, "first": first, "last": last},
+        ).pl()
+        if len(sums):
+            cells = calibration_table(sums).filter(pl.col("rows") >= CALIBRATED_ROWS)
+            found[model] = {(r["surface"], r["product"], r["task"]): r for r in cells.iter_rows(named=True)}
+    inside = {m: sum(0.95 <= r["calibration"] <= 1.05 for r in cells.values()) for m, cells in found.items()}
+    own, mtmd = inside.pop("mtmd"), found.pop("mtmd")
+    others = ", ".join(f"of {model} {n}" for model, n in inside.items())
+    words = f"""Σp̂/Σt in the slices with at least {CALIBRATED_ROWS:,} rows: of mtmd {own} of {len(mtmd)} cells are within
+0.95 to 1.05; {others}. Intervals are 95 %, pointwise, from a bootstrap over users and seeds: what the scores of few users
+decide strays by itself, and all models together."""
+    rows = [
+        [*cell, r["rows"], f"{r['calibration']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"]
+        + [f"{of_model[cell]['calibration']:.3f}" for of_model in found.values()]
+        for cell, r in mtmd.items()
+    ]
+    return f"{words}\n\n{markdown_table(['surface', 'product', 'task', 'rows', 'mtmd', *found], rows)}"
 
 
 def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtmd_model.batch import Batch
 from mtmd_model.encoder import Encoder, group_sizes, read_tables
 from mtmd_model.feed import CPU, Feed, FileWindow, ResidentFeed, StreamFeed
+from mtmd_model.predict import PREDICTED_ROWS
 
 
 def load(encoder: Encoder, files: Sequence[str | Path]) -> Batch:
@@ -42,7 +43,7 @@ class WindowData(L.LightningDataModule):
         encoder: fitted on the training files.
         train_files: Parquet files of joined examples.
         validation_files: likewise; none leaves validation out.
-        batch_size: rows of a batch.
+        batch_size: rows of a training batch.
         seed: of the shuffle.
         block_rows: rows of a block (`StreamFeed`); None holds all rows in memory (`Feed`).
         resident: hold them on the device (`ResidentFeed`).
@@ -93,23 +94,26 @@ class WindowData(L.LightningDataModule):
 
     def train_dataloader(self) -> Feed | StreamFeed:
         """Shuffled anew every epoch."""
-        return self._feed(self.window, self.seed)
+        return self._feed(self.window, self.batch_size, self.seed)
 
     def val_dataloader(self) -> Feed | StreamFeed | list[Batch]:
         """In order."""
-        return [] if self.validation is None else self._feed(self.validation)
+        if self.validation is None:
+            return []
+        rows = max(self.batch_size, PREDICTED_ROWS)
+        return self._feed(self.validation, rows if self.block_rows is None else min(rows, self.block_rows))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Without waiting for the copy: the feed has put the batch into page-locked memory."""
         return batch.to(device, non_blocking=True)
 
-    def _feed(self, window: Batch | FileWindow, seed: int | None = None) -> Feed | StreamFeed:
+    def _feed(self, window: Batch | FileWindow, rows: int, seed: int | None = None) -> Feed | StreamFeed:
         device = self.trainer.strategy.root_device if self.trainer is not None else CPU
         if isinstance(window, Batch):
             feed = ResidentFeed if self.resident else Feed
-            return feed(window, self.encoder, self.batch_size, seed, self._epoch, device)
+            return feed(window, self.encoder, rows, seed, self._epoch, device)
         assert self.block_rows is not None
-        return StreamFeed(window, self.block_rows, self.batch_size, seed, self._epoch, device)
+        return StreamFeed(window, self.block_rows, rows, seed, self._epoch, device)
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer is not None else 0

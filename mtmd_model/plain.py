@@ -164,11 +164,13 @@ class SliceTowers(TwoTower):
     """One plain two-tower a slice, with tables, statistics and weights of its own: the models that MTMD replaced.
 
     They are trained side by side in one run, no parameter of one sees a row of another, and each keeps the weights
-    of its own best epoch. A vector belongs to a slice, so that both sides must be known.
+    of its own best epoch. A vector belongs to a slice, so that both sides must be known; in a slice without a task it is
+    zero.
     """
 
     def __init__(self, schema: Schema, rows: Mapping[str, int], config: PlainConfig) -> None:
         super().__init__(schema, config.constrained)
+        self.widths = config.vector_widths(schema)
         exists_SP = self.bias.exists_TSP.any(0)
         self.slices = [
             (s, p) for s in range(len(schema.surfaces)) for p in range(len(schema.products)) if exists_SP[s, p]
@@ -191,11 +193,17 @@ class SliceTowers(TwoTower):
         for number, count in enumerate(groups.counts):
             if count:
                 block = ordered.slice(start, start + count)
-                towers = self.towers[self._key(number // products, number % products)]
+                start += count
+                key = self._key(number // products, number % products)
+                if key not in self.towers:
+                    nothing = {t: block.query.dense.new_zeros(count, w) for t, w in self.widths.items()}
+                    found["query"].append(nothing)
+                    found["item"].append(nothing)
+                    continue
+                towers = self.towers[key]
                 assert isinstance(towers, nn.ModuleDict)
                 found["query"].append(towers["query"](block.query))
                 found["item"].append(towers["item"](block.item))
-                start += count
         sides = {
             side: {t: torch.cat([part[t] for part in parts]).index_select(0, groups.inverse_B) for t in parts[0]}
             for side, parts in found.items()

@@ -18,6 +18,9 @@ from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import existing_slices, tasks_of
 from mtmd_model.two_tower import TwoTower
 
+PREDICTED_ROWS = 8192
+"""Of a batch without gradients."""
+
 
 class Embeddings(NamedTuple):
     """One task's vectors of one side."""
@@ -39,7 +42,7 @@ class Predictor:
     encoder: Encoder
     manifest: Mapping[str, Any]
     device: str = "cpu"
-    batch_size: int = 8192
+    batch_size: int = PREDICTED_ROWS
 
     @property
     def schema(self) -> Schema:

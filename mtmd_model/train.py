@@ -25,13 +25,10 @@ from mtmd_model.config import MTMDConfig
 from mtmd_model.data import WindowData, slice_logits
 from mtmd_model.encoder import fit_encoder
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
-from mtmd_model.predict import Predictor
+from mtmd_model.predict import PREDICTED_ROWS, Predictor
 from mtmd_model.schema import Schema
 from mtmd_model.slice_balance import slice_factors, slice_weights
 from mtmd_model.two_tower import TwoTower, count_parameters
-
-PREDICTED_ROWS = 8192
-"""Of a batch that is scored after training."""
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
 

@@ -49,21 +49,40 @@ class Vocabulary:
         """Built once: Arrow's `index_in` hashes all values again at every call."""
         return {value: row for row, value in enumerate(self.values or (), FIRST)}
 
+    @cached_property
+    def _integers(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The values that are integers of up to 18 digits, sorted, and the row of each."""
+        strings = pa.array(self.values or (), pa.large_string())
+        whole = pc.match_substring_regex(strings, _INTEGER).to_numpy(zero_copy_only=False)
+        numbers = strings.filter(pa.array(whole)).cast(pa.int64()).to_numpy()
+        order = np.argsort(numbers)
+        return numbers[order], (np.flatnonzero(whole)[order] + FIRST).astype(np.int32)
+
     def lookup(self, column: pa.ChunkedArray | pa.Array) -> NDArray[np.int32]:
         """The row of each value, (N,).
 
         Raises:
             ValueError: a type that holds no categories, such as a list.
         """
-        if self.buckets is not None and pa.types.is_integer(column.type):
+        if pa.types.is_integer(column.type):
             fast = _small_integers(column)
             if fast is not None:
-                rows = (_mix(fast) % np.uint64(self.buckets)).astype(np.int32) + FIRST
-                return np.where(_valid(column), rows, MISSING).astype(np.int32) if column.null_count else rows
+                rows = self._rows_of_integers(fast)
+                return np.where(_valid(column), rows, np.int32(MISSING)) if column.null_count else rows
         uniques, index = distinct(column)
         # one more entry, for the index -1 of a missing value
         rows = np.append(self._rows_of(canonical(uniques)), np.int32(MISSING))
         return rows[index]
+
+    def _rows_of_integers(self, numbers: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The row of each integer of up to 18 digits."""
+        if self.buckets is not None:
+            return (_mix(numbers) % np.uint64(self.buckets)).astype(np.int32) + np.int32(FIRST)
+        known, row = self._integers
+        if not len(known):
+            return np.full(len(numbers), UNKNOWN, np.int32)
+        place = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+        return np.where(known[place] == numbers, row[place], np.int32(UNKNOWN))
 
     def _rows_of(self, strings: pa.Array) -> NDArray[np.int32]:
         """The row of each distinct canonical string; null is missing."""

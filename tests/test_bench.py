@@ -1,20 +1,58 @@
-"""What a benchmark writes down."""
+"""What the benchmarks measure, on tiny sizes, and write down: no time is judged here."""
 
+import importlib
 import json
 import math
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
-from benchmarks.bench import write
+import pytest
+
+from benchmarks.bench import SUBJECTS, write
 from benchmarks.figures import Figure, alternating
 
+TINY: dict[str, dict[str, Any]] = {
+    "lake": {"rows": 1000, "repetitions": 1, "days": 2},
+    "feed": {"rows": 3000, "repetitions": 1},
+    "memory": {"rows_a_day": 100, "block_rows": 4096},
+    "step": {"steps": 1, "repetitions": 1, "preset": "small"},
+    "peers": {"rows": 4096, "repetitions": 1},
+    "serving": {"rows": 1000, "items": 1000, "preset": "small", "width": 8, "repetitions": 1},
+}
 
-def test_figures_are_known_by_their_names_and_others_stay(tmp_path):
+
+def test_every_subject_is_tried_here():
+    assert list(TINY) == list(SUBJECTS)
+
+
+@pytest.mark.parametrize("subject", TINY)
+def test_a_subject_measures_what_it_says(subject: str):
+    found = importlib.import_module(f"benchmarks.{subject}").figures(**TINY[subject])
+    assert len({f.name for f in found}) == len(found) >= 2
+    for figure in found:
+        skipped = figure.name.endswith("skipped")
+        assert math.isnan(figure.value) if skipped else 0 <= figure.value < math.inf, figure
+        assert figure.reference, figure
+        assert (figure.holds is None) == (figure.goal == ""), figure
+    assert any(f.goal for f in found) or subject == "peers"
+
+
+def test_a_subject_takes_the_place_of_its_earlier_figures(tmp_path: Path):
     path = tmp_path / "home" / "bench.json"
-    write([Figure.at_least("loop", 0.9, "x", "the bare step", 0.95), Figure.report("peer", math.nan, "", "none")], path)
-    write(
-        [Figure.at_least("loop", 0.97, "x", "the bare step", 0.95), Figure.at_most("memory", 1.1, "x", "", 1.2)], path
+    slow, peer = Figure.at_least("loop", 0.9, "x", "the bare step", 0.95), Figure.report("peer", math.nan, "", "none")
+    write("step", [slow, Figure.at_least("old", 1.0, "x", "the bare step", 0.95)], path)
+    write("peers", [peer], path)
+    write("step", [Figure.at_least("loop", 0.97, "x", "the bare step", 0.95)], path)
+    of_peers, of_step = json.loads(path.read_text())
+    assert (of_peers["subject"], of_peers["name"], of_peers["value"], of_peers["holds"]) == (
+        "peers",
+        "peer",
+        None,
+        None,
     )
-    loop, peer, memory = json.loads(path.read_text())
-    assert loop == {
+    assert {k: v for k, v in of_step.items() if k not in ("machine", "at")} == {
+        "subject": "step",
         "name": "loop",
         "value": 0.97,
         "unit": "x",
@@ -22,8 +60,8 @@ def test_figures_are_known_by_their_names_and_others_stay(tmp_path):
         "goal": "≥ 0.95",
         "holds": True,
     }
-    assert (peer["value"], peer["holds"]) == (None, None)
-    assert (memory["goal"], memory["holds"]) == ("≤ 1.2", True)
+    assert "cores" in of_step["machine"]
+    assert datetime.fromisoformat(of_step["at"]).tzinfo
 
 
 def test_a_bound_is_met_on_it_and_missed_beyond():

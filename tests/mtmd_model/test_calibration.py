@@ -53,10 +53,10 @@ def test_sums_of_predictions_become_those_of_the_scores(encoder: Encoder, constr
     before_T = calibrate(model, lambda: [rows])
     torch.testing.assert_close(before_T, predicted_T / scored_T, rtol=1e-5, atol=0)
     after_T, _ = sums(model, rows)
-    torch.testing.assert_close(after_T, scored_T, rtol=2e-4, atol=0)
+    torch.testing.assert_close(after_T, scored_T, rtol=1e-3, atol=0)
 
 
-def test_near_by_three_passes_do(encoder: Encoder):
+def test_near_by_two_passes_do(encoder: Encoder):
     model, rows = model_of(encoder), encoder.encode(examples(2000, 1))
     predicted_T, _ = sums(model, rows)
     scale_T = torch.tensor([1 / 0.9, 1.1, 0.95, 1.05])
@@ -69,13 +69,13 @@ def test_near_by_three_passes_do(encoder: Encoder):
         return [replace(rows, labels=labels_BT)]
 
     before_T = calibrate(model, batches)
-    assert len(passes) <= 3
+    assert len(passes) == 2
     torch.testing.assert_close(before_T, 1 / scale_T.double(), rtol=1e-5, atol=0)
     after_T, _ = sums(model, rows)
-    torch.testing.assert_close(after_T, predicted_T * scale_T, rtol=2e-4, atol=0)
+    torch.testing.assert_close(after_T, predicted_T * scale_T, rtol=1e-3, atol=0)
     del passes[:]
     calibrate(model, batches)
-    assert len(passes) == 1, "nothing is left to do"
+    assert len(passes) == 1, "nothing is left to do but to look"
 
 
 def test_slices_keep_their_distances_and_all_else_stays(encoder: Encoder):

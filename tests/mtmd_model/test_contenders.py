@@ -185,6 +185,25 @@ def epochs(model: TwoTower, losses: list[dict[tuple[int, int], float]]) -> _Best
     return best
 
 
+def test_rows_of_a_slice_without_a_task_are_left_alone(write: Write, tmp_path: Path):
+    whole = platform()
+    gone = ("related", "shopping")
+    kept = [replace(t, slices=tuple(s for s in t.slices if s != gone)) for t in whole.tasks]
+    schema = replace(whole, tasks=tuple(kept))
+    table = examples(400, 1, schema)
+    config = TrainConfig("slice_towers", PLAIN, batch_size=100, max_epochs=1, accelerator="cpu")
+    predictor = train(schema, [write(table)], [write(examples(400, 2, schema))], config, tmp_path / "v").predictor
+    assert len(predictor.model.separate_parts()) == len(SLICES) - 1
+    nowhere = np.array(table["surface"]) == gone[0]
+    nowhere &= np.array(table["product"]) == gone[1]
+    assert nowhere.any()
+    for task, probability in predictor.predict(table).items():
+        has_score = ~np.isnan(table[f"score_{task}"].to_numpy(zero_copy_only=False).astype(float))
+        np.testing.assert_array_equal(np.isnan(probability), ~has_score)
+    alone = predictor.predict(table.filter(nowhere))
+    assert all(np.isnan(probability).all() for probability in alone.values())
+
+
 def test_each_slice_keeps_its_own_best_epoch(encoder: Encoder):
     # the whole is best in epoch 2, and so is what has no validation rows
     best = epochs(

@@ -72,6 +72,17 @@ def test_integers_hash_as_their_strings(values: list[int]):
     assert as_numbers.tolist() == [int(vocabulary.lookup(pa.array([v], pa.int64()))[0]) for v in values]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), unique=True), st.lists(st.one_of(st.none(), st.integers(-9, 9))))
+def test_known_integers_are_found_as_their_strings(known: list[int], others: list[int | None]):
+    vocabulary = Vocabulary(tuple(map(str, [*known, "a", "007"])))
+    column = pa.array([*known, *others], pa.int64())
+    rows = vocabulary.lookup(column)
+    assert rows.dtype == np.int32
+    assert rows.tolist() == vocabulary.lookup(column.cast(pa.string())).tolist()
+    assert rows[: len(known)].tolist() == list(range(2, 2 + len(known)))
+
+
 def test_buckets_are_used_evenly():
     rows = Vocabulary(buckets=100).lookup(pa.array(range(100_000)))
     assert rows.min() == 2
