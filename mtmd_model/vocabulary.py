@@ -19,6 +19,9 @@ MISSING, UNKNOWN, FIRST = 0, 1, 2
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
 _LARGEST = 10**18 - 1
 
+NEARBY = 1 << 20
+"""Span of known integers up to which a table has a place for each."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -58,6 +61,17 @@ class Vocabulary:
         order = np.argsort(numbers)
         return numbers[order], (np.flatnonzero(whole)[order] + FIRST).astype(np.int32)
 
+    @cached_property
+    def _every(self) -> NDArray[np.int32] | None:
+        """The row of every integer from one before the least known to one after the largest; None if they lie apart."""
+        known, row = self._integers
+        span = int(known[-1]) - int(known[0]) + 1
+        if span > max(NEARBY, 16 * len(known)):
+            return None
+        rows = np.full(span + 2, UNKNOWN, np.int32)
+        rows[known - known[0] + 1] = row
+        return rows
+
     def lookup(self, column: pa.ChunkedArray | pa.Array) -> NDArray[np.int32]:
         """The row of each value, (N,).
 
@@ -81,6 +95,8 @@ class Vocabulary:
         known, row = self._integers
         if not len(known):
             return np.full(len(numbers), UNKNOWN, np.int32)
+        if self._every is not None:
+            return self._every[(numbers - (known[0] - 1)).clip(0, len(self._every) - 1)]
         place = np.searchsorted(known, numbers).clip(max=len(known) - 1)
         return np.where(known[place] == numbers, row[place], np.int32(UNKNOWN))
 

@@ -73,7 +73,14 @@ def test_integers_hash_as_their_strings(values: list[int]):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), unique=True), st.lists(st.one_of(st.none(), st.integers(-9, 9))))
+@given(
+    st.one_of(
+        st.lists(st.integers(-(2**63), 2**63 - 1), unique=True),
+        st.lists(st.integers(-30, 30), unique=True),
+        st.lists(st.integers(10**18 - 50, 10**18 - 1), unique=True),
+    ),
+    st.lists(st.one_of(st.none(), st.integers(-40, 40), st.integers(-(2**63), 2**63 - 1))),
+)
 def test_known_integers_are_found_as_their_strings(known: list[int], others: list[int | None]):
     vocabulary = Vocabulary(tuple(map(str, [*known, "a", "007"])))
     column = pa.array([*known, *others], pa.int64())
