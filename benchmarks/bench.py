@@ -49,14 +49,15 @@ def main() -> None:
     if unknown:
         parser.error(f"--only takes {','.join(SUBJECTS)}, got {','.join(sorted(unknown))}")
 
-    print(machine())
+    on = machine()
+    print(on)
     found: list[Figure] = []
     for subject in subjects:
         start = time.perf_counter()
         figures = importlib.import_module(f"benchmarks.{subject}").figures(**SUBJECTS[subject] if options.large else {})
         print(f"\n{subject} ({time.perf_counter() - start:.0f} s)\n{table(figures)}", flush=True)
         found += figures
-        path = write(subject, figures, Home().root / "bench.json")
+        path = write(subject, figures, on, Home().root / "bench.json")
     missed = sum(f.holds is False for f in found)
     print(f"\n{sum(f.holds is True for f in found)} goals hold, {missed} do not\n{path}")
     if options.strict and missed:
@@ -84,7 +85,7 @@ def machine() -> str:
     )
 
 
-def write(subject: str, figures: Sequence[Figure], path: Path) -> Path:
+def write(subject: str, figures: Sequence[Figure], on: str, path: Path) -> Path:
     """Put a subject's figures into a file, a list of objects, in place of what it had; others' stay.
 
     Each has the fields of `Figure`, its subject, the machine, and the second it was written; a value that was not
@@ -92,9 +93,10 @@ def write(subject: str, figures: Sequence[Figure], path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    about = {"subject": subject, "machine": machine(), "at": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"}
+    about = {"subject": subject, "machine": on, "at": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"}
     new = [{**asdict(f), "value": None if math.isnan(f.value) else f.value, **about} for f in figures]
-    entries = [entry for entry in earlier if entry.get("subject") != subject] + new
+    # those of before there were subjects have none
+    entries = [entry for entry in earlier if entry.get("subject") not in (None, subject)] + new
     path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

@@ -228,10 +228,11 @@ def _backfill(site: Site, rows: int, days: int, repetitions: int) -> list[Figure
 
     one, whole = Metered(lambda: run(DAY)), Metered(lambda: run(DAY + timedelta(days - 1)))
     bare = Metered(lambda: _bare_join(site))
-    os.sync()  # else the disk still writes the days' logs
+    os.sync()  # else the disk still writes what went before
     # before and after: a machine that slows down meanwhile does so for both sides
     alternating(one, bare, repetitions=repetitions)
     whole()
+    os.sync()
     alternating(one, bare, repetitions=repetitions)
     first, alone, took = one.seconds, bare.seconds, whole.seconds
 

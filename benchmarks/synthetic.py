@@ -50,7 +50,7 @@ def examples(schema: Schema, rows: int, seed: int = 0) -> pa.Table:
         missing = rng.random(rows, np.float32) < 0.1
         if f.kind == "dense":
             columns[f.name] = pa.array(rng.standard_normal(rows, np.float32), mask=missing)
-        elif f.vocabulary is None or f.vocabulary is KNOWN:
+        elif f.vocabulary is None or f.vocabulary == KNOWN:
             columns[f.name] = pa.array(rng.integers(IDS, size=rows), mask=missing)
         else:
             columns[f.name] = pa.array(f.vocabulary).take(pa.array(rng.integers(20, size=rows), mask=missing))

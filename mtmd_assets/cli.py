@@ -99,8 +99,9 @@ def run() -> NoReturn:
     """`main` as a process: it ends without taking apart what Dagster and torch have loaded, which takes seconds."""
     status = main()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # of a reader that has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -394,13 +395,20 @@ def ui(home: Home, port: int) -> int:
         bury_dead(instance)
     command = [_script("dg"), "dev", "-w", str(CHECKOUT / "workspace.yaml"), "-p", str(port)]
     # Elsewhere than in the checkout, whose dagster.yaml is for those who start Dagster without a home.
-    child = subprocess.Popen(command, cwd=folder)
+    children: list[subprocess.Popen[bytes]] = []
+
+    def end(*_: object) -> None:
+        for child in children:
+            child.terminate()
+
     # a Ctrl-C reaches both, what stops a service this process only
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    signal.signal(signal.SIGTERM, end)
     try:
-        return child.wait()
+        children.append(subprocess.Popen(command, cwd=folder))
+        return children[0].wait()
     except KeyboardInterrupt:  # the child has it too, and takes a while
-        child.wait()
+        for child in children:
+            child.wait()
         return 0
 
 

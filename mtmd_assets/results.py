@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from mtmd_assets.calibration_table import calibration_table
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.domain_shift import domain_shifts
@@ -289,29 +287,32 @@ largest standard deviation over the smallest one of {spread:.2f}. The five most 
 
 
 def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
-    """Sum of probabilities over sum of scores, a cell with enough rows: mtmd with intervals, the others beside it."""
-    found: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}
-    for model in ("mtmd", *CONTENDERS):
-        sums = con.sql(
-            """SELECT seed, user_id, surface, product, task, count(*) AS rows, sum(probability) AS predicted, sum(score) AS scored
-            FROM experiment_predictions WHERE model = $model AND ds BETWEEN $first AND $last GROUP BY ALL""",
-            params={"model": model, "first": first, "last": last},
-        ).pl()
-        if len(sums):
-            cells = calibration_table(sums).filter(pl.col("rows") >= CALIBRATED_ROWS)
-            found[model] = {(r["surface"], r["product"], r["task"]): r for r in cells.iter_rows(named=True)}
-    inside = {m: sum(0.95 <= r["calibration"] <= 1.05 for r in cells.values()) for m, cells in found.items()}
-    own, mtmd = inside.pop("mtmd"), found.pop("mtmd")
-    others = ", ".join(f"of {model} {n}" for model, n in inside.items())
-    words = f"""Σp̂/Σt in the slices with at least {CALIBRATED_ROWS:,} rows: of mtmd {own} of {len(mtmd)} cells are within
-0.95 to 1.05; {others}. Intervals are 95 %, pointwise, from a bootstrap over users and seeds: what the scores of few users
-decide strays by itself, and all models together."""
-    rows = [
-        [*cell, r["rows"], f"{r['calibration']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"]
-        + [f"{of_model[cell]['calibration']:.3f}" for of_model in found.values()]
-        for cell, r in mtmd.items()
-    ]
-    return f"{words}\n\n{markdown_table(['surface', 'product', 'task', 'rows', 'mtmd', *found], rows)}"
+    """Sum of probabilities over sum of scores, a cell with enough rows: mtmd with intervals, its contenders beside it."""
+    compared = [c for c in CONTENDERS if _rows(con, "contender = $model AND surface IS NULL", model=c)]
+    found = {model: _calibrations(con, model, first, last) for model in ("mtmd", *compared)}
+    cells = [cell for cell, r in found["mtmd"].items() if r["rows"] >= CALIBRATED_ROWS]
+    inside = {m: sum(0.95 <= of[cell]["calibration"] <= 1.05 for cell in cells) for m, of in found.items()}
+    counts = ", ".join(f"{n} of {model}" for model, n in inside.items())
+    words = f"""Σp̂/Σt in the slices with at least {CALIBRATED_ROWS:,} rows. Of the {len(cells)} cells are within 0.95 to 1.05: {counts}. Intervals
+are 95 %, pointwise, from a bootstrap over users and seeds: by so much a cell's scores alone let its ratio stray."""
+    rows = []
+    for cell in cells:
+        mtmd, *others = (of[cell] for of in found.values())
+        interval = f"{mtmd['calibration']:.3f} [{mtmd['low']:.3f}, {mtmd['high']:.3f}]"
+        rows.append([*cell, mtmd["rows"], interval, *(f"{r['calibration']:.3f}" for r in others)])
+    return f"{words}\n\n{markdown_table(['surface', 'product', 'task', 'rows', *found], rows)}"
+
+
+def _calibrations(
+    con: "DuckDBPyConnection", model: str, first: date, last: date
+) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Surface, product, task -> a model's line of `calibration_table`."""
+    sums = con.sql(
+        """SELECT seed, user_id, surface, product, task, count(*) AS rows, sum(probability) AS predicted, sum(score) AS scored
+        FROM experiment_predictions WHERE model = $model AND ds BETWEEN $first AND $last GROUP BY ALL""",
+        params={"model": model, "first": first, "last": last},
+    ).pl()
+    return {(r["surface"], r["product"], r["task"]): r for r in calibration_table(sums).iter_rows(named=True)}
 
 
 def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:

@@ -164,8 +164,8 @@ class SliceTowers(TwoTower):
     """One plain two-tower a slice, with tables, statistics and weights of its own: the models that MTMD replaced.
 
     They are trained side by side in one run, no parameter of one sees a row of another, and each keeps the weights
-    of its own best epoch. A vector belongs to a slice, so that both sides must be known; in a slice without a task it is
-    zero.
+    of its own best epoch. A vector belongs to a slice, so that both sides must be known; that of a slice without a
+    task is zero but for the coordinates of the bias.
     """
 
     def __init__(self, schema: Schema, rows: Mapping[str, int], config: PlainConfig) -> None:

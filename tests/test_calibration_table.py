@@ -25,12 +25,13 @@ def sums(ratio_SU: np.ndarray, scored_U: np.ndarray) -> pl.DataFrame:
 
 
 def test_hand_computed():
-    one = sums(np.array([[1.5, 1.0], [0.5, 1.0]]), np.array([1.0, 3.0]))
+    one = sums(np.array([[1.5, 1.0], [0.5, 1.2]]), np.array([1.0, 3.0]))
     two = one.with_columns(surface=pl.lit("q"), predicted=pl.col("predicted") * 2)
     table = calibration_table(pl.concat([one, two]), replicates=100)
     assert table["surface"].to_list() == ["q", "s"]
     assert table["rows"].to_list() == [20, 20]
-    assert table["calibration"].to_list() == pytest.approx([2.0, 1.0])
+    # (1.5 + 3 + 0.5 + 3.6) / (2 (1 + 3))
+    assert table["calibration"].to_list() == pytest.approx([2.15, 1.075])
 
 
 def test_without_noise_the_interval_is_the_value():

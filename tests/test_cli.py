@@ -220,6 +220,8 @@ def test_an_interrupt_waits_for_the_child(home, tmp_path, command, hook, status)
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell without job control starts what runs in the background with interrupts ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not ready.exists():
         assert process.poll() is None

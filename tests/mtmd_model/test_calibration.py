@@ -78,6 +78,18 @@ def test_near_by_two_passes_do(encoder: Encoder):
     assert len(passes) == 1, "nothing is left to do but to look"
 
 
+@pytest.mark.parametrize("mean", [0.5, 0.9, 0.97])
+def test_a_ratio_near_one_says_little_where_all_is_likely(encoder: Encoder, mean: float):
+    model, rows = model_of(encoder, constrained=False), encoder.encode(examples(2000, 1))
+    with torch.no_grad():
+        model.bias.logits_TSP.add_(torch.tensor(mean).logit() + 1.5)
+        labels_BT = torch.where(rows.labels.isnan(), torch.nan, (1.02 * model(rows).sigmoid()).clamp_max(1))
+    rows = replace(rows, labels=labels_BT)
+    calibrate(model, lambda: [rows])
+    after_T, scored_T = sums(model, rows)
+    torch.testing.assert_close(after_T, scored_T, rtol=1e-3, atol=0)
+
+
 def test_slices_keep_their_distances_and_all_else_stays(encoder: Encoder):
     model, rows = model_of(encoder), encoder.encode(examples(2000, 1))
     old = {name: value.clone() for name, value in model.state_dict().items()}

@@ -90,6 +90,13 @@ def test_known_integers_are_found_as_their_strings(known: list[int], others: lis
     assert rows[: len(known)].tolist() == list(range(2, 2 + len(known)))
 
 
+def test_known_integers_that_lie_apart_are_found():
+    far = 10**18 - 1
+    vocabulary = Vocabulary(tuple(map(str, [7, -far, far, 0])))
+    column = pa.chunked_array([pa.array([-far, -far + 1, None, 0, 1]), pa.array([6, 7, 8, far - 1, far])])
+    assert vocabulary.lookup(column).tolist() == [3, 1, 0, 5, 1, 1, 2, 1, 1, 4]
+
+
 def test_buckets_are_used_evenly():
     rows = Vocabulary(buckets=100).lookup(pa.array(range(100_000)))
     assert rows.min() == 2
