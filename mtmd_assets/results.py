@@ -266,7 +266,18 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
             ),
             _shift(con, site, compared[1]),
         ]
-    return parts
+    return [*parts, *_by_task(con, site)]
+
+
+def _by_task(con: "DuckDBPyConnection", site: Site) -> list[str]:
+    """Constrained modelling beside independent tasks, in the mean over each task's cells (paper, table 5)."""
+    where = "contender = $model AND surface IS NULL AND task IS NOT NULL AND bucket IS NULL"
+    found = {r["task"]: r for r in _rows(con, where, model="unconstrained") if r["improvement"] is not None}
+    if not found:
+        return []
+    rows = [[task, found[task]["rows"], _interval(found[task])] for task in site.platform.task_names if task in found]
+    words = "Constrained modelling, by task: improvement over independent tasks of equal width (`unconstrained`)."
+    return [words, markdown_table(["task", "rows", "improvement"], rows)]
 
 
 def _shift(con: "DuckDBPyConnection", site: Site, day: date) -> str:

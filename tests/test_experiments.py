@@ -18,7 +18,7 @@ from mtmd_assets.training_pool import TrainJob, train_all
 from tests.worlds import Runner, query, show_failure, small_adworld
 
 DAYS = [date(2026, 1, d) for d in (4, 5)]
-TRAINED = ("mtmd", *CONTENDERS, "no_routing", "no_domain_adaptation")
+TRAINED = ("mtmd", *CONTENDERS, "no_routing", "no_domain_adaptation", "unconstrained")
 OF_DAY = {DAYS[0]: TRAINED[:4], DAYS[1]: TRAINED}
 """Ablations are trained for the last day only."""
 
@@ -213,8 +213,29 @@ def test_the_document_says_what_the_tables_say(studied):
     assert all(f"\n### {heading}\n" in text for heading in headings)
     assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
     assert "Domain adaptation, by cell:" in text
+    assert "Constrained modelling, by task:" in text
     assert "How unlike the domains are in the 18 dense features" in text
     assert text.count(f"code `{model_store.code_version()}`") == 2
+
+
+def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
+    from mtmd_assets import results
+
+    monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
+    with studied.site.warehouse.connect() as con:
+        text = results._calibration(con, DAYS[0], DAYS[-1])
+    cells = query(
+        studied,
+        """SELECT surface, product, task, count(*) // 2 AS n, sum(probability) / sum(score) AS calibration
+        FROM experiment_predictions WHERE model = 'mtmd' GROUP BY ALL HAVING n >= 200 ORDER BY ALL""",
+    )
+    assert len(cells) > 3
+    inside = sum(0.95 <= calibration <= 1.05 for *_, calibration in cells)
+    assert f"Of the {len(cells)} cells are within 0.95 to 1.05: {inside} of mtmd, " in text
+    assert "| mtmd | slice_towers | pooled_towers | mmoe_dcn |" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    for (*cell, rows, calibration), line in zip(cells, lines, strict=True):
+        assert line.startswith(f"| {' | '.join(cell)} | {rows:,} | {calibration:.3f} [")
 
 
 def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_path):
