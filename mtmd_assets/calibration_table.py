@@ -15,8 +15,7 @@ from mtmd_assets.improvement import CELL, percentile_interval, resample_counts, 
 def calibration_table(sums: pl.DataFrame, *, replicates: int = 2000, seed: int = 0) -> pl.DataFrame:
     """Calibration of every cell with a pointwise 95 % interval, over users and seeds as in `improvement_table`.
 
-    One day of few conversions strays by more than any model does: a value outside a band whose interval reaches into it
-    says as little against the model as one inside whose interval reaches out says for it.
+    Where an interval reaches over the edge of a band, the value says little of whether the model is inside.
 
     Args:
         sums: a row a seed x user x cell: seed, user_id, surface, product, task, rows, predicted (sum of the

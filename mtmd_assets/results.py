@@ -305,7 +305,7 @@ def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
     inside = {m: sum(0.95 <= of[cell]["calibration"] <= 1.05 for cell in cells) for m, of in found.items()}
     counts = ", ".join(f"{n} of {model}" for model, n in inside.items())
     words = f"""Σp̂/Σt in the slices with at least {CALIBRATED_ROWS:,} rows. Of the {len(cells)} cells are within 0.95 to 1.05: {counts}. Intervals
-are 95 %, pointwise, from a bootstrap over users and seeds: by so much a cell's scores alone let its ratio stray."""
+are 95 %, pointwise, from a bootstrap over users and seeds."""
     rows = []
     for cell in cells:
         mtmd, *others = (of[cell] for of in found.values())

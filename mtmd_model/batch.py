@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PREDICTED_ROWS = 8192
+"""Of a batch without gradients."""
+
 
 @dataclass(frozen=True)
 class DomainGroups:

@@ -10,10 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from mtmd_model.batch import Batch
+from mtmd_model.batch import PREDICTED_ROWS, Batch
 from mtmd_model.encoder import Encoder, group_sizes, read_tables
 from mtmd_model.feed import CPU, Feed, FileWindow, ResidentFeed, StreamFeed
-from mtmd_model.predict import PREDICTED_ROWS
 
 
 def load(encoder: Encoder, files: Sequence[str | Path]) -> Batch:

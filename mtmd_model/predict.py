@@ -13,13 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtmd_model.batch import PREDICTED_ROWS
 from mtmd_model.encoder import Encoder
 from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import existing_slices, tasks_of
 from mtmd_model.two_tower import TwoTower
-
-PREDICTED_ROWS = 8192
-"""Of a batch without gradients."""
 
 
 class Embeddings(NamedTuple):

@@ -18,14 +18,14 @@ from torch import Tensor
 from mtmd_model import checkpoint
 from mtmd_model.allocator import keep_freed_memory
 from mtmd_model.architectures import build, config_to_dict
-from mtmd_model.batch import Batch
+from mtmd_model.batch import PREDICTED_ROWS, Batch
 from mtmd_model.calibration import calibrate
 from mtmd_model.compiled import compile_parts
 from mtmd_model.config import MTMDConfig
 from mtmd_model.data import WindowData, slice_logits
 from mtmd_model.encoder import fit_encoder
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
-from mtmd_model.predict import PREDICTED_ROWS, Predictor
+from mtmd_model.predict import Predictor
 from mtmd_model.schema import Schema
 from mtmd_model.slice_balance import slice_factors, slice_weights
 from mtmd_model.two_tower import TwoTower, count_parameters
