@@ -96,6 +96,7 @@ def train_config(platform: Platform, change: Change | None = None, seed: int | N
         model=config.preset(t.preset, **{"dropout": t.dropout, **change.model}),
         optimiser=OptimiserConfig(
             learning_rate=t.learning_rate,
+            warmup_share=t.warmup_share,
             weight_decay=t.weight_decay,
             embedding_weight_decay=t.weight_decay,
             embedding_rate=t.embedding_rate,

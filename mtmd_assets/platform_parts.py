@@ -279,6 +279,8 @@ class Training(Frozen):
     patience: Integer = Field(3, gt=0)
     batch_size: Integer = Field(4096, gt=0)
     learning_rate: Number = Field(2e-3, gt=0)
+    warmup_share: Number = Field(0.05, ge=0, le=1)
+    """Share of all steps in which the learning rate rises from zero: longer where a training jumps at its peak."""
     embedding_rate: Number = Field(1.0, gt=0)
     """Learning rate of the embedding tables, as a multiple of the others': an id has few rows to learn from."""
     weight_decay: Number = Field(0.01, ge=0)
@@ -318,6 +320,7 @@ class Contender(Frozen):
     max_epochs: Integer | None = Field(None, gt=0)
     batch_size: Integer | None = Field(None, gt=0)
     learning_rate: Number | None = Field(None, gt=0)
+    warmup_share: Number | None = Field(None, ge=0, le=1)
     embedding_rate: Number | None = Field(None, gt=0)
     weight_decay: Number | None = Field(None, ge=0)
     dropout: Number | None = Field(None, ge=0, lt=1)

@@ -353,7 +353,7 @@ def test_every_model_has_equally_many_trials_and_all_differ(preset, passes):
         configs = {
             str(contenders.train_config(platform, Change(model, training={**start, **c}))) for c in changes.values()
         }
-        assert len(configs) == len(changes) == 10 + len(passes[1:])
+        assert len(configs) == len(changes) == 11 + len(passes[1:])
         assert start["max_epochs"] == (passes or (experiments.max_epochs,))[0]
 
 
@@ -388,6 +388,20 @@ def test_experiments_may_make_other_passes_than_the_daily_model():
         assert found.pop("mmoe_dcn") == 7
         assert set(found.values()) == {expected}
         assert train_config(platform).max_epochs == adworld.training.max_epochs
+
+
+def test_a_contender_may_warm_up_for_another_time():
+    adworld = shipped_platform("adworld")
+    changed = {"contenders": {"mmoe_dcn": Contender(warmup_share=0.3)}}
+    platform = adworld.model_copy(
+        update={
+            "training": adworld.training.model_copy(update={"warmup_share": 0.2}),
+            "experiments": adworld.experiments.model_copy(update=changed),
+        }
+    )
+    found = {m: train_config(platform, change_of(platform, m)).optimiser.warmup_share for m in MODELS}
+    assert found.pop("mmoe_dcn") == 0.3
+    assert set(found.values()) == {0.2}
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
