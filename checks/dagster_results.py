@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from checks.routing import Signature
+    from checks.training import Jump
 
-CONTRACT, ACCOUNTING, DRIFT, ROUTING = "feature_contract", "row_accounting", "feature_drift", "routing"
-"""Names of the checks: contract and accounting gate a day, drift and routing only warn."""
+CONTRACT, ACCOUNTING, DRIFT = "feature_contract", "row_accounting", "feature_drift"
+TRAINING, ROUTING = "training_loss", "routing"
+"""Names of the checks: contract and accounting gate a day, the others only warn."""
 
 
 class RowCounts(Protocol):
@@ -118,4 +120,18 @@ def routing_result(found: "Sequence[Signature]", asset_key: "dg.AssetKey | None"
         severity=dg.AssetCheckSeverity.WARN,
         description=worst + (" …" if len(found) > 3 else "") or "every router uses its experts",
         metadata={"faults": len(found), **({"routers": dg.MarkdownMetadataValue("\n".join(lines))} if found else {})},
+    )
+
+
+def training_result(found: "Sequence[Jump]", asset_key: "dg.AssetKey | None" = None) -> "dg.AssetCheckResult":
+    """Whether the training loss jumped: a warning at most."""
+    import dagster as dg
+
+    return dg.AssetCheckResult(
+        check_name=TRAINING,
+        asset_key=asset_key,
+        passed=not found,
+        severity=dg.AssetCheckSeverity.WARN,
+        description="; ".join(jump.says for jump in found) or "the training loss did not jump",
+        metadata={"jumps": len(found)},
     )

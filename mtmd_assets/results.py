@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from checks.training import JUMP, jumps
 from mtmd_assets.calibration_table import calibration_table
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.domain_shift import domain_shifts
@@ -70,7 +71,7 @@ def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
         "### Every cell",
         _cells(con, site),
         "### Parameters",
-        _parameters(con, first, last),
+        _parameters(con, site, first, last),
         "### Calibration",
         _calibration(con, first, last),
         "### Who the routers use",
@@ -208,19 +209,28 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{row['improvement']:+.1%} [{row['joint_low']:+.1%}, {row['joint_high']:+.1%}]{mark}"
 
 
-def _parameters(con: "DuckDBPyConnection", first: date, last: date) -> str:
+def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) -> str:
     rows = con.execute(
-        """SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config)
+        """SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config), list(model_version)
         FROM experiment_models WHERE ds BETWEEN ? AND ? GROUP BY model ORDER BY model""",
         [first, last],
     ).fetchall()
     order = {m: n for n, m in enumerate(("mtmd", *CONTENDERS, *ABLATIONS))}
     table = [
-        [model, f"{embedding:,}", f"{dense:,}", f"{epoch:.1f}", _settings(json.loads(config))]
-        for model, embedding, dense, epoch, config in sorted(rows, key=lambda r: order.get(r[0], 99))
+        [model, f"{embedding:,}", f"{dense:,}", f"{epoch:.1f}", _jumped(site, versions), _settings(json.loads(config))]
+        for model, embedding, dense, epoch, config, versions in sorted(rows, key=lambda r: order.get(r[0], 99))
         if model in ("mtmd", *CONTENDERS)
     ]
-    return markdown_table(["model", "embedding", "other", "passes kept", "settings"], table)
+    words = f"""Parameters, the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
+that of an earlier pass (`checks/training.py`)."""
+    return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
+
+
+def _jumped(site: Site, versions: Collection[str]) -> str:
+    """How many trainings had a loss that jumped, of those whose folders are there."""
+    manifests = [site.folder / "experiments" / version / "manifest.json" for version in versions]
+    histories = [json.loads(m.read_text())["history"] for m in manifests if m.is_file()]
+    return f"{sum(bool(jumps(history)) for history in histories)} of {len(histories)}"
 
 
 def _settings(config: dict[str, Any]) -> str:

@@ -218,6 +218,22 @@ def test_the_document_says_what_the_tables_say(studied):
     assert text.count(f"code `{model_store.code_version()}`") == 2
 
 
+def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
+    from mtmd_assets import results
+
+    def of_mtmd():
+        with studied.site.warehouse.connect() as con:
+            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1]).splitlines()
+        [line] = [line for line in lines if line.startswith("| mtmd |")]
+        return line.split(" | ")[4]
+
+    assert of_mtmd() == "0 of 4"
+    seen = []
+    monkeypatch.setattr(results, "jumps", lambda history: seen.append(history) or len(seen) == 1)
+    assert of_mtmd() == "1 of 4"
+    assert all(entry["train_loss"] > 0 for history in seen for entry in history)
+
+
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
     from mtmd_assets import results
 

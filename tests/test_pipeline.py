@@ -3,13 +3,16 @@
 import math
 from datetime import date
 
+import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
 import sql as sql_files
+from checks.training import jumps
 from mtmd_assets import model_store
+from mtmd_assets.assets import training
 from mtmd_assets.assets.training import train_window
 from mtmd_assets.tables import tables
 from tests.worlds import cli_output, copy_of, query
@@ -167,6 +170,18 @@ def test_a_version_names_its_weights(pipeline, tmp_path, monkeypatch):
     assert other.version != record.version
     one, two = (model_store.load(site, r).manifest["tensors_sha256"] for r in (record, other))
     assert one != two, "what predictions name is still there"
+
+
+def test_each_training_says_whether_its_loss_jumped(pipeline, tmp_path, monkeypatch):
+    verdicts = pipeline.checks("training_loss", "models")
+    assert [v.passed for v in verdicts] == [True] * len(pipeline.materialized("models"))
+    assert verdicts[0].description == "the training loss did not jump"
+    with_a_jump = [{"epoch": n, "train_loss": loss} for n, loss in enumerate((0.02, 0.05))]
+    monkeypatch.setattr(training, "jumps", lambda history: jumps(with_a_jump))
+    _, verdict = train_window(copy_of(pipeline, tmp_path).site, DAY[3], "again", print)
+    assert not verdict.passed
+    assert verdict.severity == dg.AssetCheckSeverity.WARN
+    assert verdict.description == "epoch 1: training loss 0.05000 after 0.02000"
 
 
 def test_metadata_has_pictures_and_previews(pipeline):

@@ -78,9 +78,9 @@ class Runner:
         """The partitions that Dagster shows as materialised."""
         return self.instance.get_materialized_partitions(self.key(table))
 
-    def checks(self, name: str) -> list[dg.AssetCheckEvaluation]:
-        """Evaluations of a check of the joined examples, newest first."""
-        key = dg.AssetCheckKey(self.key("joined_examples"), name)
+    def checks(self, name: str, table: str = "joined_examples") -> list[dg.AssetCheckEvaluation]:
+        """Evaluations of a table's check, newest first."""
+        key = dg.AssetCheckKey(self.key(table), name)
         records = self.instance.event_log_storage.get_asset_check_execution_history(key, limit=20)
         found = [r.event.dagster_event.event_specific_data for r in records if r.event and r.event.dagster_event]
         return [e for e in found if isinstance(e, dg.AssetCheckEvaluation)]

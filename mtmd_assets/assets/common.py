@@ -10,6 +10,8 @@ import dagster as dg
 from mtmd_assets.platform import Platform
 
 Metadata = dict[str, Any]
+Result = dg.MaterializeResult | dg.AssetCheckResult
+"""Of a table or a check."""
 
 
 def asset_key(platform: Platform, table: str) -> dg.AssetKey:
@@ -47,6 +49,15 @@ def preview(con: Any, query: str, rows: int = 5) -> dg.MarkdownMetadataValue:
     cursor = con.execute(f"SELECT * FROM ({query}) LIMIT {rows}")
     header = [c[0] for c in cursor.description]
     return dg.MetadataValue.md(markdown_table(header, cursor.fetchall()))
+
+
+def selected(context: dg.AssetExecutionContext, result: Result) -> bool:
+    """Whether the run asked for it."""
+    if isinstance(result, dg.MaterializeResult):
+        return result.asset_key in context.selected_asset_keys
+    assert result.asset_key is not None
+    assert result.check_name is not None
+    return dg.AssetCheckKey(result.asset_key, result.check_name) in context.selected_asset_check_keys
 
 
 @dataclass

@@ -9,8 +9,8 @@ import dagster as dg
 import sql
 from checks.dagster_results import ROUTING, routing_result
 from checks.routing import signatures
-from mtmd_assets.assets.common import asset_key, preview
-from mtmd_assets.assets.scored_day import Result, ScoredDay, scored_day_assets
+from mtmd_assets.assets.common import Result, asset_key, preview
+from mtmd_assets.assets.scored_day import ScoredDay, scored_day_assets
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import heat_map
 from mtmd_assets.scoreboard import scoreboard

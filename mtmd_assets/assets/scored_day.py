@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from mtmd_assets import model_store
-from mtmd_assets.assets.common import asset_key, daily_partitions, table_specs
+from mtmd_assets.assets.common import Result, asset_key, daily_partitions, selected, table_specs
 from mtmd_assets.assets.training import verify_window
 from mtmd_assets.assets.waiting import TRAINING_PATIENCE, waiting
 from mtmd_assets.faults import Withheld
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from mtmd_assets.warehouse import Stage
     from mtmd_model.predict import Predictor
-
-
-Result = dg.MaterializeResult | dg.AssetCheckResult
 
 
 @dataclass(frozen=True)
@@ -90,18 +87,10 @@ def scored_day_assets(
             create_evaluated(con, platform, site.warehouse, day)
             # all are published together, whatever was asked for
             for result in build(ScoredDay(site, day, record, model, con, stage)):
-                if _selected(context, result):
+                if selected(context, result):
                     yield result
 
     return scored_day
-
-
-def _selected(context: dg.AssetExecutionContext, result: Result) -> bool:
-    if isinstance(result, dg.MaterializeResult):
-        return result.asset_key in context.selected_asset_keys
-    assert result.asset_key is not None
-    assert result.check_name is not None
-    return dg.AssetCheckKey(result.asset_key, result.check_name) in context.selected_asset_check_keys
 
 
 def _model_of(site: Site, day: date) -> "tuple[ModelRecord, Predictor]":

@@ -9,8 +9,10 @@ from functools import partial
 
 import dagster as dg
 
+from checks.dagster_results import TRAINING, training_result
+from checks.training import jumps
 from mtmd_assets import model_store
-from mtmd_assets.assets.common import asset_key, daily_partitions
+from mtmd_assets.assets.common import Result, asset_key, daily_partitions, selected
 from mtmd_assets.assets.waiting import waiting
 from mtmd_assets.contenders import train_config
 from mtmd_assets.faults import Withheld
@@ -24,18 +26,33 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
     platform = site.platform
     window_of_days = dg.TimeWindowPartitionMapping(start_offset=1 - platform.training.window_days, end_offset=0)
 
-    @dg.asset(
-        key=asset_key(platform, "models"),
+    key = asset_key(platform, "models")
+    spec = dg.AssetSpec(
+        key,
         deps=[dg.AssetDep(asset_key(platform, "joined_examples"), partition_mapping=window_of_days)],
         description="One row a trained version: window, data hashes, parameters, validation figures. The last day of "
         "the window decides when to stop; the other days are trained on.",
         group_name=platform.name,
         kinds={"pytorch"},
+        skippable=True,
+    )
+    loss_check = dg.AssetCheckSpec(
+        TRAINING,
+        asset=key,
+        description="The training loss does not jump from one pass to the next. Warns only: lower training.learning_rate "
+        "or lengthen training.warmup_share where it does.",
+    )
+
+    @dg.multi_asset(
+        name=f"{platform.name}_train",
+        specs=[spec],
+        check_specs=[loss_check],
+        # with this the check may stay away, as the model may (on days that end no whole window)
+        can_subset=True,
         partitions_def=daily_partitions(platform),
         backfill_policy=dg.BackfillPolicy.multi_run(1),
-        output_required=False,
     )
-    def models(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+    def models(context: dg.AssetExecutionContext) -> Iterator[Result]:
         sign(context)
         day = date.fromisoformat(context.partition_key)
         if day < platform.first_window_end:
@@ -45,12 +62,16 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
             waiting(context, platform, partial(verify_window, site, platform.window(day)), for_queued=False)
         except Withheld as e:
             raise dg.Failure(f"not trained: {e}", allow_retries=False) from e
-        yield train_window(site, day, context.run.run_id, context.log.info)
+        for result in train_window(site, day, context.run.run_id, context.log.info):
+            if selected(context, result):
+                yield result
 
     return models
 
 
-def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None]) -> dg.MaterializeResult:
+def train_window(
+    site: Site, day: date, run_id: str, log: Callable[[str], None]
+) -> tuple[dg.MaterializeResult, dg.AssetCheckResult]:
     """Train on the window that ends on `day`, which is published; publish the model and its row of `models`."""
     from mtmd_model.train import train
 
@@ -108,7 +129,9 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
             }
             stage.write_rows(con, "models", day, [record])
             stage.publish()
-    return dg.MaterializeResult(
+    key = asset_key(platform, "models")
+    published: dg.MaterializeResult[None] = dg.MaterializeResult(
+        asset_key=key,
         metadata={
             "model_version": version,
             "window": f"{window[0]} to {day}",
@@ -121,8 +144,9 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
             "loss curve": loss_curve(result.history, result.best_epoch),
             "ranker versions": rankers,
             "folder": dg.MetadataValue.path(str(site.models / version)),
-        }
+        },
     )
+    return published, training_result(jumps(result.history), key)
 
 
 def verify_window(site: Site, window: Sequence[date]) -> None:
