@@ -7,12 +7,14 @@ A section of which this home has no tables stays as it was: each says what it is
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from checks.routing import signatures
 from checks.training import JUMP, jumps
 from mtmd_assets.calibration_table import calibration_table
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
@@ -345,8 +347,23 @@ def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:
     )
     header = [c[0] for c in cursor.description]
     rows = [[f"{v:.3f}" if isinstance(v, float) else v for v in row] for row in cursor.fetchall()]
-    words = "Mean gate by expert; entropy of a row's gates and of the mean gates, in nats (ln 3 = 1.099 is uniform)."
+    words = f"""Mean gate by expert over the days and seeds; entropy of a row's gates and of the mean gates, in nats (ln 3 = 1.099 is
+uniform). {_signatures(con, first, last)}"""
     return f"{words}\n\n{markdown_table(header, rows)}"
+
+
+def _signatures(con: "DuckDBPyConnection", first: date, last: date) -> str:
+    """How many routers of all days and seeds show a failure signature, by its name."""
+    models = con.sql(
+        "FROM experiment_routing_metrics WHERE ds BETWEEN $first AND $last ORDER BY tower, domain, task",
+        params={"first": first, "last": last},
+    ).pl()
+    routers = models.n_unique(["model_version", "tower", "domain", "task"])
+    found: Counter[str] = Counter()
+    for _, model in models.group_by("model_version"):
+        found.update({(s.tower, s.domain, s.task): s.fault for s in signatures(model.to_dicts())}.values())
+    faults = ", ".join(f"{n} {fault}" for fault, n in found.most_common()) or "none"
+    return f"Failure signatures (`checks/routing.py`) in {routers} routers of all days and seeds: {faults}."
 
 
 def _search(con: "DuckDBPyConnection", site: Site) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from checks import routing
 from mtmd_assets import contenders, model_store, study, tuning
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, Withheld
@@ -216,6 +217,24 @@ def test_the_document_says_what_the_tables_say(studied):
     assert "Constrained modelling, by task:" in text
     assert "How unlike the domains are in the 18 dense features" in text
     assert text.count(f"code `{model_store.code_version()}`") == 2
+
+
+def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch):
+    from mtmd_assets import results
+
+    [(routers,)] = query(
+        studied, "SELECT count(DISTINCT (model_version, tower, domain, task)) FROM experiment_routing_metrics"
+    )
+    assert routers == 4 * ((3 + 2) * 4 - 2), "each task of each domain; cvr and octr have one product each"
+
+    def text():
+        with studied.site.warehouse.connect() as con:
+            return results._routing(con, DAYS[0], DAYS[-1])
+
+    # after one pass from gates that start equal, they still are
+    assert f"in {routers} routers of all days and seeds: {routers} uniform." in text()
+    monkeypatch.setattr(routing, "UNIFORM", 1.1)
+    assert f"in {routers} routers of all days and seeds: none." in text()
 
 
 def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
