@@ -109,6 +109,7 @@ def train_config(platform: Platform, change: Change | None = None, seed: int | N
         batch_size=t.batch_size,
         block_rows=t.block_rows,
         resident=t.resident,
+        gradient_clip=t.gradient_clip,
         max_epochs=t.max_epochs,
         patience=t.patience,
         seed=t.seed if seed is None else seed,

@@ -280,7 +280,9 @@ class Training(Frozen):
     batch_size: Integer = Field(4096, gt=0)
     learning_rate: Number = Field(2e-3, gt=0)
     warmup_share: Number = Field(0.05, ge=0, le=1)
-    """Share of all steps in which the learning rate rises from zero: longer where a training jumps at its peak."""
+    """Share of all steps in which the learning rate rises from zero."""
+    gradient_clip: Number = Field(1.0, ge=0)
+    """Largest norm of the gradient, 0 for none: what it usually is, or a little more, keeps the loss from jumping."""
     embedding_rate: Number = Field(1.0, gt=0)
     """Learning rate of the embedding tables, as a multiple of the others': an id has few rows to learn from."""
     weight_decay: Number = Field(0.01, ge=0)
@@ -321,6 +323,7 @@ class Contender(Frozen):
     batch_size: Integer | None = Field(None, gt=0)
     learning_rate: Number | None = Field(None, gt=0)
     warmup_share: Number | None = Field(None, ge=0, le=1)
+    gradient_clip: Number | None = Field(None, ge=0)
     embedding_rate: Number | None = Field(None, gt=0)
     weight_decay: Number | None = Field(None, ge=0)
     dropout: Number | None = Field(None, ge=0, lt=1)

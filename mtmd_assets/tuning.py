@@ -37,6 +37,7 @@ OWN = "platform file"
 START: Mapping[str, Any] = {
     "learning_rate": 2e-3,
     "warmup_share": 0.05,
+    "gradient_clip": 1.0,
     "embedding_rate": 1.0,
     "weight_decay": 0.01,
     "dropout": 0.0,
@@ -52,6 +53,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "start": {},
     "learning rate 4e-3": {"learning_rate": 4e-3},
     "warm-up 0.15": {"warmup_share": 0.15},
+    "gradient clip 0.2": {"gradient_clip": 0.2},
     "embedding rate 10": {"embedding_rate": 10.0},
     "weight decay 0.1": {"weight_decay": 0.1},
     "weight decay 0.3": {"weight_decay": 0.3},

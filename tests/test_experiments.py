@@ -388,7 +388,7 @@ def test_every_model_has_equally_many_trials_and_all_differ(preset, passes):
         configs = {
             str(contenders.train_config(platform, Change(model, training={**start, **c}))) for c in changes.values()
         }
-        assert len(configs) == len(changes) == 11 + len(passes[1:])
+        assert len(configs) == len(changes) == 12 + len(passes[1:])
         assert start["max_epochs"] == (passes or (experiments.max_epochs,))[0]
 
 
