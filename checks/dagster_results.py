@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from checks.routing import Signature
-    from checks.training import Jump
+    from checks.training import HighPass
 
 CONTRACT, ACCOUNTING, DRIFT = "feature_contract", "row_accounting", "feature_drift"
 TRAINING, ROUTING = "training_loss", "routing"
@@ -123,15 +123,16 @@ def routing_result(found: "Sequence[Signature]", asset_key: "dg.AssetKey | None"
     )
 
 
-def training_result(found: "Sequence[Jump]", asset_key: "dg.AssetKey | None" = None) -> "dg.AssetCheckResult":
+def training_result(found: "Sequence[HighPass]", asset_key: "dg.AssetKey | None" = None) -> "dg.AssetCheckResult":
     """Whether the training loss jumped: a warning at most."""
     import dagster as dg
 
+    first = "; ".join(high.says for high in found[:3]) + (" …" if len(found) > 3 else "")
     return dg.AssetCheckResult(
         check_name=TRAINING,
         asset_key=asset_key,
         passed=not found,
         severity=dg.AssetCheckSeverity.WARN,
-        description="; ".join(jump.says for jump in found) or "the training loss did not jump",
-        metadata={"jumps": len(found)},
+        description=first or "the training loss did not jump",
+        metadata={"high passes": len(found)},
     )

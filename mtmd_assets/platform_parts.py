@@ -282,7 +282,7 @@ class Training(Frozen):
     warmup_share: Number = Field(0.05, ge=0, le=1)
     """Share of all steps in which the learning rate rises from zero."""
     gradient_clip: Number = Field(1.0, ge=0)
-    """Largest norm of the gradient, 0 for none: what it usually is, or a little more, keeps the loss from jumping."""
+    """Largest norm of the gradient, 0 for none: a smaller one limits how far the loss can jump."""
     embedding_rate: Number = Field(1.0, gt=0)
     """Learning rate of the embedding tables, as a multiple of the others': an id has few rows to learn from."""
     weight_decay: Number = Field(0.01, ge=0)

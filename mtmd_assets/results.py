@@ -1,7 +1,7 @@
 """`docs/results.md`: what the experiments' tables say, in words and tables that a person can check with SQL.
 
-No model is judged here: it reads `improvements`, `experiment_models`, `slice_metrics`, `trials` and the routing
-table of one platform, and rewrites that platform's sections of the document: the contenders, the ablations, the search.
+No model is judged here: it reads `improvements`, `experiment_models`, `slice_metrics`, `trials`, the routing table and
+the models' manifests of one platform, and rewrites that platform's sections of the document: the contenders, the ablations, the search.
 A section of which this home has no tables stays as it was: each says what it is of.
 """
 
@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from checks.routing import signatures
-from checks.training import JUMP, jumps
+from checks.training import JUMP, high_passes
 from mtmd_assets.calibration_table import calibration_table
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.domain_shift import domain_shifts
@@ -32,7 +32,7 @@ MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
 HEAD = """# Results
 
 Written by `make results PLATFORM=…`, three sections a platform: contenders, ablations, search. Every number was in the
-tables of the home that it was run in; a section that a run has nothing new for is left as an earlier one wrote it.
+tables of the home that it was run in or in its models' manifests; a section that a run has nothing new for is left as an earlier one wrote it.
 """
 
 
@@ -98,7 +98,8 @@ are too short (`mtmd_assets/improvement.py` has the figures), and days are not r
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
-both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals. Widths are divided by what
+both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals, *jumped* the trainings
+without it whose loss did (`checks/training.py`). Widths are divided by what
 the preset divides all of its widths by; half of the rows are half of the steps too."""
 
 SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trainings for each model; the best
@@ -224,7 +225,7 @@ def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) 
         if model in ("mtmd", *CONTENDERS)
     ]
     words = f"""Parameters, the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
-that of an earlier pass (`checks/training.py`)."""
+that of an earlier pass (`checks/training.py`; slice towers have one loss for all)."""
     return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
 
 
@@ -232,7 +233,7 @@ def _jumped(site: Site, versions: Collection[str]) -> str:
     """How many trainings had a loss that jumped, of those whose folders are there."""
     manifests = [site.folder / "experiments" / version / "manifest.json" for version in versions]
     histories = [json.loads(m.read_text())["history"] for m in manifests if m.is_file()]
-    return f"{sum(bool(jumps(history)) for history in histories)} of {len(histories)}"
+    return f"{sum(bool(high_passes(history)) for history in histories)} of {len(histories)}" if histories else ""
 
 
 def _settings(config: dict[str, Any]) -> str:
@@ -265,8 +266,11 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
             mean = found[None]
             days = (mean["eval_end"] - mean["eval_start"]).days + 1
             counts = [len(cells), verdicts.count("better"), verdicts.count("worse"), days, mean["seeds"]]
-            rows.append([model, *buckets, _interval(mean), *counts])
-    header = ["without", "0", "1", "2", "3", "4", "all", "cells", "better", "worse", "days", "seeds"]
+            of_days = [model, mean["eval_start"], mean["eval_end"]]
+            query = "SELECT list(model_version) FROM experiment_models WHERE model = ? AND ds BETWEEN ? AND ?"
+            [(versions,)] = con.execute(query, of_days).fetchall()
+            rows.append([model, *buckets, _interval(mean), *counts, _jumped(site, versions or [])])
+    header = ["without", "0", "1", "2", "3", "4", "all", "cells", "better", "worse", "days", "seeds", "jumped"]
     setting = _setting(con, site, ABLATIONS, *compared)
     parts = [f"## {site.platform.name}: ablations", setting, ABLATED, markdown_table(header, rows)]
     per_slice = _rows(con, f"{CELLS} ORDER BY surface, product, task", model="no_domain_adaptation")

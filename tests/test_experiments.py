@@ -208,8 +208,8 @@ def test_the_document_says_what_the_tables_say(studied):
         WHERE contender = 'no_routing' AND surface IS NOT NULL AND bucket IS NULL AND rows >= 200""",
     )
     [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
-    assert line.split(" | ")[-5] == str(cells)
-    assert line.endswith(" | 1 | 2 |"), "days and seeds"
+    assert line.split(" | ")[-6] == str(cells)
+    assert line.endswith(" | 1 | 2 | 0 of 2 |"), "days, seeds and jumps"
     headings = ("Against the contenders", "Every cell", "Parameters", "Calibration", "Who the routers use")
     assert all(f"\n### {heading}\n" in text for heading in headings)
     assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
@@ -248,9 +248,10 @@ def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
 
     assert of_mtmd() == "0 of 4"
     seen = []
-    monkeypatch.setattr(results, "jumps", lambda history: seen.append(history) or len(seen) == 1)
+    monkeypatch.setattr(results, "high_passes", lambda history: seen.append(history) or len(seen) == 1)
     assert of_mtmd() == "1 of 4"
     assert all(entry["train_loss"] > 0 for history in seen for entry in history)
+    assert results._jumped(studied.site, ["a version whose folder is gone"]) == ""
 
 
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
@@ -425,18 +426,19 @@ def test_experiments_may_make_other_passes_than_the_daily_model():
         assert train_config(platform).max_epochs == adworld.training.max_epochs
 
 
-def test_a_contender_may_warm_up_for_another_time():
+def test_a_contender_may_have_another_warm_up_and_clip():
     adworld = shipped_platform("adworld")
-    changed = {"contenders": {"mmoe_dcn": Contender(warmup_share=0.3)}}
+    changed = {"contenders": {"mmoe_dcn": Contender(warmup_share=0.3, gradient_clip=0.4)}}
     platform = adworld.model_copy(
         update={
-            "training": adworld.training.model_copy(update={"warmup_share": 0.2}),
+            "training": adworld.training.model_copy(update={"warmup_share": 0.2, "gradient_clip": 0.5}),
             "experiments": adworld.experiments.model_copy(update=changed),
         }
     )
-    found = {m: train_config(platform, change_of(platform, m)).optimiser.warmup_share for m in MODELS}
-    assert found.pop("mmoe_dcn") == 0.3
-    assert set(found.values()) == {0.2}
+    configs = {m: train_config(platform, change_of(platform, m)) for m in MODELS}
+    found = {m: (config.optimiser.warmup_share, config.gradient_clip) for m, config in configs.items()}
+    assert found.pop("mmoe_dcn") == (0.3, 0.4)
+    assert set(found.values()) == {(0.2, 0.5)}
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -116,6 +116,7 @@ def test_days_before_the_first_window_are_passed_over(tmp_path):
     assert runner.run("models", DAY[2]).success
     assert runner.site.warehouse.days("models") == []
     assert runner.materialized("models") == set()
+    assert runner.checks("training_loss", "models") == []
 
 
 def test_days_built_in_any_order_give_identical_tables(tmp_path):

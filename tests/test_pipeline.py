@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sql as sql_files
-from checks.training import jumps
+from checks.training import high_passes
 from mtmd_assets import model_store
 from mtmd_assets.assets import training
 from mtmd_assets.assets.training import train_window
@@ -177,7 +177,7 @@ def test_each_training_says_whether_its_loss_jumped(pipeline, tmp_path, monkeypa
     assert [v.passed for v in verdicts] == [True] * len(pipeline.materialized("models"))
     assert verdicts[0].description == "the training loss did not jump"
     with_a_jump = [{"epoch": n, "train_loss": loss} for n, loss in enumerate((0.02, 0.05))]
-    monkeypatch.setattr(training, "jumps", lambda history: jumps(with_a_jump))
+    monkeypatch.setattr(training, "high_passes", lambda history: high_passes(with_a_jump))
     _, verdict = train_window(copy_of(pipeline, tmp_path).site, DAY[3], "again", print)
     assert not verdict.passed
     assert verdict.severity == dg.AssetCheckSeverity.WARN

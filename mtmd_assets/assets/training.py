@@ -10,7 +10,7 @@ from functools import partial
 import dagster as dg
 
 from checks.dagster_results import TRAINING, training_result
-from checks.training import jumps
+from checks.training import high_passes
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import Result, asset_key, daily_partitions, selected
 from mtmd_assets.assets.waiting import waiting
@@ -34,13 +34,12 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
         "the window decides when to stop; the other days are trained on.",
         group_name=platform.name,
         kinds={"pytorch"},
-        skippable=True,
     )
     loss_check = dg.AssetCheckSpec(
         TRAINING,
         asset=key,
-        description="The training loss does not jump from one pass to the next. Warns only: lower training.learning_rate "
-        "or lengthen training.warmup_share where it does.",
+        description="The training loss does not jump from one pass to the next (within the first it would not show). "
+        "Where it does, lower training.learning_rate or training.gradient_clip, or lengthen training.warmup_share. Warns.",
     )
 
     @dg.multi_asset(
@@ -69,9 +68,7 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
     return models
 
 
-def train_window(
-    site: Site, day: date, run_id: str, log: Callable[[str], None]
-) -> tuple[dg.MaterializeResult, dg.AssetCheckResult]:
+def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None]) -> list[Result]:
     """Train on the window that ends on `day`, which is published; publish the model and its row of `models`."""
     from mtmd_model.train import train
 
@@ -130,7 +127,7 @@ def train_window(
             stage.write_rows(con, "models", day, [record])
             stage.publish()
     key = asset_key(platform, "models")
-    published: dg.MaterializeResult[None] = dg.MaterializeResult(
+    published: Result = dg.MaterializeResult(
         asset_key=key,
         metadata={
             "model_version": version,
@@ -146,7 +143,7 @@ def train_window(
             "folder": dg.MetadataValue.path(str(site.models / version)),
         },
     )
-    return published, training_result(jumps(result.history), key)
+    return [published, training_result(high_passes(result.history), key)]
 
 
 def verify_window(site: Site, window: Sequence[date]) -> None:
