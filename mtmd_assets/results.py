@@ -1,8 +1,8 @@
 """`docs/results.md`: what the experiments' tables say, in words and tables that a person can check with SQL.
 
 No model is judged here: it reads `improvements`, `experiment_models`, `slice_metrics`, `trials`, the routing table and
-the models' manifests of one platform, and rewrites that platform's sections of the document: the contenders, the ablations, the search.
-A section of which this home has no tables stays as it was: each says what it is of.
+the models' manifests of one platform, and rewrites that platform's sections of the document: the contenders, the
+ablations, the search. A section of which this home has no tables stays as it was: each says what it is of.
 """
 
 import json
@@ -231,9 +231,14 @@ that of an earlier pass (`checks/training.py`; slice towers have one loss for al
 
 def _jumped(site: Site, versions: Collection[str]) -> str:
     """How many trainings had a loss that jumped, of those whose folders are there."""
-    manifests = [site.folder / "experiments" / version / "manifest.json" for version in versions]
-    histories = [json.loads(m.read_text())["history"] for m in manifests if m.is_file()]
+    histories = [m["history"] for m in (_manifest(site, version) for version in versions) if m is not None]
     return f"{sum(bool(high_passes(history)) for history in histories)} of {len(histories)}" if histories else ""
+
+
+def _manifest(site: Site, version: str) -> dict[str, Any] | None:
+    """A trained model's; None where its folder has gone."""
+    file = site.folder / "experiments" / version / "manifest.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
 def _settings(config: dict[str, Any]) -> str:
@@ -301,8 +306,8 @@ def _shift(con: "DuckDBPyConnection", site: Site, day: date) -> str:
     """How unlike the domains are, by the statistics that mtmd's first seed normalises by."""
     query = "SELECT model_version FROM experiment_models WHERE ds = ? AND model = 'mtmd' ORDER BY seed LIMIT 1"
     [(version,)] = con.execute(query, [day]).fetchall()
-    manifest = site.folder / "experiments" / version / "manifest.json"
-    shifts = domain_shifts(json.loads(manifest.read_text())["normalisation"]) if manifest.is_file() else []
+    manifest = _manifest(site, version)
+    shifts = [] if manifest is None else domain_shifts(manifest["normalisation"])
     if not shifts:
         return ""
     between, spread = median(s.between for s in shifts), median(s.spread for s in shifts)
