@@ -1,13 +1,18 @@
-"""Both towers at once, with two threads."""
+"""Networks at once, with two threads."""
+
+import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mtmd_model import mtmd
 from mtmd_model.config import MTMDConfig
 from mtmd_model.encoder import Encoder, fit_encoder
 from mtmd_model.loss import kl_loss
 from mtmd_model.mtmd import MTMD
-from mtmd_model.side_by_side import both, side_by_side
+from mtmd_model.side_by_side import Job, _halves, both, side_by_side
 from tests.mtmd_model.sample import examples, platform
 
 TINY = MTMDConfig(deep=(12, 8), shallow=(6, 4), router=(6,), width_divisor=8)
@@ -31,11 +36,12 @@ def calls(monkeypatch):
     """How often the towers ran at once."""
     found = []
 
-    def counted(first, second):
+    def counted(sides):
         found.append(torch.is_autocast_enabled("cpu"))
-        return side_by_side(first, second)
+        return embed_at_once(sides)
 
-    monkeypatch.setattr("mtmd_model.mtmd.side_by_side", counted)
+    embed_at_once = mtmd._embed_at_once
+    monkeypatch.setattr(mtmd, "_embed_at_once", counted)
     return found
 
 
@@ -89,6 +95,34 @@ def test_dropout_and_evaluation_run_one_after_the_other(encoder, calls):
     with torch.inference_mode():
         model(encoder.encode(examples(10)))
     assert calls == []
+
+
+def test_gradients_reach_inputs_and_parameters_of_what_is_used_only():
+    weights = [torch.full((2,), float(n), requires_grad=True) for n in (1, 2, 3)]
+    x, constant = torch.tensor([3.0, 5.0], requires_grad=True), torch.ones(2)
+    seen = set()
+
+    def network(weight, *inputs):
+        seen.add(threading.current_thread())
+        return [sum(inputs) * weight, constant]
+
+    jobs = [Job(lambda *i, w=w: network(w, *i), (2 * x, constant)) for w in weights]
+    (used, same), (unused, _), (again, _) = side_by_side(jobs)
+    assert len(seen) == 2
+    assert torch.equal(used, (2 * x + 1) * 1)
+    assert torch.equal(unused, (2 * x + 1) * 2)
+    assert torch.equal(same, constant)
+    (used + again).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 2.0 * (1 + 3)))
+    assert [None if w.grad is None else w.grad.tolist() for w in weights] == [[7, 11], None, [7, 11]]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12))
+def test_each_thread_has_about_half_of_the_work(costs):
+    halves = _halves(costs)
+    assert sorted(n for half in halves for n in half) == list(range(len(costs)))
+    first, second = (sum(costs[n] for n in half) for half in halves)
+    assert abs(first - second) <= max(costs) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("who", ["first", "second"])
