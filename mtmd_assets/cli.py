@@ -12,12 +12,14 @@ mtmd ui [--port PORT]                         the Dagster UI with its daemon
 
 import argparse
 import atexit
+import importlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -133,6 +135,7 @@ def demo(home: Home, name: str, data: str | None) -> int:
     seen = max(platform.start, platform.window(trained)[0] - timedelta(platform.history_days))
     first = platform.start if not platform.logs_scores else seen
     print(f"{platform.name}: {len(platform.slices)} slices, {len(platform.tasks)} tasks, home {home.root}", flush=True)
+    _import_ahead("great_expectations", "mtmd_model.train")
     with _jobs(home, site) as run:
         with _step(f"1/3 build and check the days {first} to {evaluated}"):
             run("data", first, evaluated)
@@ -142,6 +145,22 @@ def demo(home: Home, name: str, data: str | None) -> int:
             run("models", evaluated, only=[t for t in MODEL_TABLES if t != "models"])
     print()
     return print_scoreboard(site)
+
+
+def _import_ahead(*modules: str) -> threading.Thread:
+    """Import in another thread what later steps need: seconds for which the second core has nothing else to do.
+
+    One that cannot be imported is left to the step that needs it, whose error says more.
+    """
+
+    def importing() -> None:
+        with suppress(Exception):
+            for module in modules:
+                importlib.import_module(module)
+
+    thread = threading.Thread(target=importing, daemon=True)
+    thread.start()
+    return thread
 
 
 def _site(home: Home, name: str, data: str | None) -> Site:

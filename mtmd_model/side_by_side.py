@@ -74,11 +74,20 @@ class _SideBySide(torch.autograd.Function):
 
 
 def _halves(costs: Sequence[float]) -> tuple[list[int], list[int]]:
-    """The numbers of the jobs in two parts of about the same cost: the dearest first, each to the part that has less."""
-    halves: tuple[list[int], list[int]] = ([], [])
+    """The numbers of the jobs in two parts of about the same cost: the dearest first, each to the part that has less.
+
+    The dearer part comes first: the other thread begins later, when a core has done with waiting for more work of the
+    operation before.
+    """
+    halves: list[list[int]] = [[], []]
+
+    def cost(half: list[int]) -> float:
+        return sum(costs[n] for n in half)
+
     for n in sorted(range(len(costs)), key=lambda n: -costs[n]):
-        min(halves, key=lambda half: sum(costs[m] for m in half)).append(n)
-    return halves
+        min(halves, key=cost).append(n)
+    first, second = sorted(halves, key=cost, reverse=True)
+    return first, second
 
 
 def _each(halves: tuple[list[int], list[int]], run: Callable[[int], T]) -> list[T]:
