@@ -135,8 +135,8 @@ def demo(home: Home, name: str, data: str | None) -> int:
     seen = max(platform.start, platform.window(trained)[0] - timedelta(platform.history_days))
     first = platform.start if not platform.logs_scores else seen
     print(f"{platform.name}: {len(platform.slices)} slices, {len(platform.tasks)} tasks, home {home.root}", flush=True)
-    _import_ahead("great_expectations", "mtmd_model.train")
     with _jobs(home, site) as run:
+        _import_ahead("great_expectations", "mtmd_model.train")
         with _step(f"1/3 build and check the days {first} to {evaluated}"):
             run("data", first, evaluated)
         with _step(f"2/3 train on the window {platform.window(trained)[0]} to {trained}"):
@@ -150,12 +150,12 @@ def demo(home: Home, name: str, data: str | None) -> int:
 def _import_ahead(*modules: str) -> threading.Thread:
     """Import in another thread what later steps need: seconds for which the second core has nothing else to do.
 
-    One that cannot be imported is left to the step that needs it, whose error says more.
+    One that cannot be imported is left to the step that needs it.
     """
 
     def importing() -> None:
-        with suppress(Exception):
-            for module in modules:
+        for module in modules:
+            with suppress(Exception):
                 importlib.import_module(module)
 
     thread = threading.Thread(target=importing, daemon=True)

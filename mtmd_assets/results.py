@@ -225,8 +225,13 @@ def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) 
         if model in ("mtmd", *CONTENDERS)
     ]
     words = f"""Parameters, the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
-that of an earlier pass (`checks/training.py`; slice towers have one loss for all)."""
+that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{_task_weights(site)}"""
     return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
+
+
+def _task_weights(site: Site) -> str:
+    weights = ", ".join(f"{task.name} {task.weight:g}" for task in site.platform.tasks)
+    return f" Weights of the tasks in everybody's loss: {weights}."
 
 
 def _jumped(site: Site, versions: Collection[str]) -> str:

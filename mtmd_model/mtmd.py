@@ -53,7 +53,7 @@ class MTMD(TwoTower):
         return self.bias.append_to_item(self.item_tower(item).embeddings, item.domain)
 
     def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both sides' vectors of the same rows; in training on a CPU two parts of the towers at once."""
+        """Both sides' vectors of the same rows; in training on a CPU by two threads (`_embed_at_once`)."""
         if not self._at_once(batch):
             return super().embed(batch)
         query, item = _embed_at_once([(self.query_tower, batch.query), (self.item_tower, batch.item)])
@@ -63,7 +63,7 @@ class MTMD(TwoTower):
         )
 
     def _at_once(self, batch: Batch) -> bool:
-        """Whether it gains by that and may: dropout draws from one generator, and a process group hooks into one
+        """Whether two threads gain and may: dropout draws from one generator, and a process group hooks into one
         pass backward."""
         return (
             len(batch) > 0

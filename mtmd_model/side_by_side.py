@@ -70,7 +70,13 @@ class _SideBySide(torch.autograd.Function):
                 torch.autograd.backward([out for out, _ in wanted], [g for _, g in wanted])
 
         _each(ctx.halves, run)
-        return None, None, None, *(x.grad for inputs in ctx.inputs for x in inputs)
+        return None, None, None, *(_taken(x) for inputs in ctx.inputs for x in inputs)
+
+
+def _taken(x: Tensor) -> Tensor | None:
+    """Its gradient, which it no longer has."""
+    gradient, x.grad = x.grad, None
+    return gradient
 
 
 def _halves(costs: Sequence[float]) -> tuple[list[int], list[int]]:

@@ -95,7 +95,7 @@ class Tower(nn.Module):
         embeddings = self.gather([out.embedding_BW for out in outputs.values()], groups)
         return TowerOutput(embeddings, {d: out.gates_TBE for d, out in outputs.items()})
 
-    # forward's three steps, of which `MTMD` gives the experts' to two threads
+    # forward's three steps, of which `MTMD` gives the first two to two threads
 
     def adapt(self, x: TowerInput, groups: DomainGroups) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """What the expert of each domain that has rows reads: `DomainExpert.forward`'s arguments."""

@@ -154,7 +154,7 @@ def test_a_demo_of_a_wrong_folder_says_so_once(home, tmp_path, capsys):
 def test_imports_ahead_and_says_nothing_of_what_is_not_there(tmp_path, monkeypatch, capfd):
     (tmp_path / "needed_later.py").write_text("import threading; where = threading.current_thread()")
     monkeypatch.syspath_prepend(str(tmp_path))
-    cli._import_ahead("needed_later", "not_installed").join()
+    cli._import_ahead("not_installed", "needed_later").join()
     assert sys.modules.pop("needed_later").where is not threading.current_thread()
     assert capfd.readouterr() == ("", "")
 
