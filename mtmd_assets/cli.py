@@ -12,14 +12,12 @@ mtmd ui [--port PORT]                         the Dagster UI with its daemon
 
 import argparse
 import atexit
-import importlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -136,7 +134,6 @@ def demo(home: Home, name: str, data: str | None) -> int:
     first = platform.start if not platform.logs_scores else seen
     print(f"{platform.name}: {len(platform.slices)} slices, {len(platform.tasks)} tasks, home {home.root}", flush=True)
     with _jobs(home, site) as run:
-        _import_ahead("great_expectations", "mtmd_model.train")
         with _step(f"1/3 build and check the days {first} to {evaluated}"):
             run("data", first, evaluated)
         with _step(f"2/3 train on the window {platform.window(trained)[0]} to {trained}"):
@@ -145,22 +142,6 @@ def demo(home: Home, name: str, data: str | None) -> int:
             run("models", evaluated, only=[t for t in MODEL_TABLES if t != "models"])
     print()
     return print_scoreboard(site)
-
-
-def _import_ahead(*modules: str) -> threading.Thread:
-    """Import in another thread what later steps need: seconds for which the second core has nothing else to do.
-
-    One that cannot be imported is left to the step that needs it.
-    """
-
-    def importing() -> None:
-        for module in modules:
-            with suppress(Exception):
-                importlib.import_module(module)
-
-    thread = threading.Thread(target=importing, daemon=True)
-    thread.start()
-    return thread
 
 
 def _site(home: Home, name: str, data: str | None) -> Site:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mtmd_model.config import MTMDConfig
 from mtmd_model.cross import LowRankCross
+from mtmd_model.domain_adaptation import Adapted
 from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm, short_projection
 from mtmd_model.partial_pooling import Counterpart
 
@@ -78,10 +79,10 @@ class DomainExpert(nn.Module):
                 assert isinstance(last, GroupedLayerNorm)
                 last.weight.mul_(0.5 * config.shallow[-1] ** -0.5)
 
-    def forward(self, own_BD: Tensor, key_BK: Tensor, domain_shared_BH: Tensor) -> ExpertOutput:
-        """The domain's adapted rows (`Adapted`), and the tower's shared expert's output for them."""
-        gates_TBE = self.gates(own_BD)
-        outputs = self._outputs(own_BD, domain_shared_BH)
+    def forward(self, x: Adapted, domain_shared_BH: Tensor) -> ExpertOutput:
+        """The adapted rows and the tower's shared expert's output for them."""
+        gates_TBE = self.gates(x.own_BD)
+        outputs = self._outputs(x.own_BD, domain_shared_BH)
         # in the experts' type: products of bf16 and fp32 would make the cross layers fp32, at twice the time
         weights = gates_TBE.to(outputs[0].dtype).split(1, -1)
         mixed_TBM = torch.cat([g_TB1 * output for g_TB1, output in zip(weights, outputs, strict=True)], -1)
@@ -91,7 +92,7 @@ class DomainExpert(nn.Module):
         parts = [project(crossed_BM) for project, crossed_BM in zip(self.project, crossed_TBM.unbind(), strict=True)]
         if self.shallow is not None:
             # a task's two parts side by side
-            parts = [part for pair in zip(parts, self.shallow(key_BK).unbind(), strict=True) for part in pair]
+            parts = [part for pair in zip(parts, self.shallow(x.key_BK).unbind(), strict=True) for part in pair]
         return ExpertOutput(torch.cat(parts, 1), gates_TBE)
 
     def _outputs(self, own_BD: Tensor, domain_shared_BH: Tensor) -> list[Tensor]:

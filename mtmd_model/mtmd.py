@@ -3,20 +3,18 @@
 Shapes: B rows, T tasks, S surfaces, P products, D width of a task's stored vector.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtmd_model.batch import Batch, DomainGroups, TowerInput
+from mtmd_model.batch import Batch, TowerInput
 from mtmd_model.config import MTMDConfig
 from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.routing import routing_summary
 from mtmd_model.schema import Schema
-from mtmd_model.side_by_side import Job, side_by_side
+from mtmd_model.side_by_side import side_by_side
 from mtmd_model.towers import Tower
 from mtmd_model.two_tower import TwoTower
 
@@ -53,21 +51,20 @@ class MTMD(TwoTower):
         return self.bias.append_to_item(self.item_tower(item).embeddings, item.domain)
 
     def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both sides' vectors of the same rows; in training on a CPU by two threads (`_embed_at_once`)."""
+        """Both sides' vectors of the same rows; in training on a CPU both towers at once (`side_by_side`)."""
         if not self._at_once(batch):
             return super().embed(batch)
-        query, item = _embed_at_once([(self.query_tower, batch.query), (self.item_tower, batch.item)])
-        return (
-            self.bias.append_to_query(query, batch.query.domain),
-            self.bias.append_to_item(item, batch.item.domain),
+        query, item = side_by_side(
+            lambda: list(self.embed_query(batch.query).values()), lambda: list(self.embed_item(batch.item).values())
         )
+        names = self.query_tower.widths
+        return dict(zip(names, query, strict=True)), dict(zip(names, item, strict=True))
 
     def _at_once(self, batch: Batch) -> bool:
-        """Whether two threads gain and may: dropout draws from one generator, and a process group hooks into one
+        """Whether the towers gain by it and may: dropout draws from one generator, and a process group hooks into one
         pass backward."""
         return (
-            len(batch) > 0
-            and batch.labels.device.type == "cpu"
+            batch.labels.device.type == "cpu"
             and torch.is_grad_enabled()
             and torch.get_num_threads() > 1
             and not self.config.dropout
@@ -90,31 +87,3 @@ class MTMD(TwoTower):
             return routing_summary(self.query_tower, self.item_tower, batches)
         finally:
             self.train(was_training)
-
-
-def _embed_at_once(sides: Sequence[tuple[Tower, TowerInput]]) -> list[dict[str, Tensor]]:
-    """Each tower's task -> (B, D): what both have before their experts at once, then the experts of all domains."""
-    towers = [tower for tower, _ in sides]
-    groups = [x.grouped(len(tower.domains)) for tower, x in sides]
-    adapted = side_by_side([Job(partial(_adapt, tower, x, of)) for (tower, x), of in zip(sides, groups, strict=True)])
-    experts = [
-        (tower, domain, of, read)
-        for tower, of, tensors in zip(towers, groups, adapted, strict=True)
-        for domain, read in zip(tower.present(of), zip(*[iter(tensors)] * 3, strict=True), strict=True)
-    ]
-    embedded = side_by_side(
-        [Job(partial(_expert, tower, domain, of), read, tower.cost(domain, of)) for tower, domain, of, read in experts]
-    )
-    return [
-        tower.gather([out for (whose, *_), [out] in zip(experts, embedded, strict=True) if whose is tower], of)
-        for tower, of in zip(towers, groups, strict=True)
-    ]
-
-
-def _adapt(tower: Tower, x: TowerInput, groups: DomainGroups) -> list[Tensor]:
-    """Three tensors a domain."""
-    return list(chain(*tower.adapt(x, groups).values()))
-
-
-def _expert(tower: Tower, domain: str, groups: DomainGroups, *read: Tensor) -> list[Tensor]:
-    return [tower.run_expert(domain, groups, *read).embedding_BW]

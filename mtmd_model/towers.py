@@ -4,7 +4,7 @@ Shapes: B rows of a batch, T tasks, D width of a task's embedding.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtmd_model.batch import DomainGroups, TowerInput
+from mtmd_model.batch import TowerInput
 from mtmd_model.config import MTMDConfig
 from mtmd_model.domain_adaptation import DomainAdaptation
-from mtmd_model.domain_expert import DomainExpert, ExpertOutput
+from mtmd_model.domain_expert import DomainExpert
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN
@@ -91,21 +91,14 @@ class Tower(nn.Module):
             like = next(self.parameters())
             return TowerOutput({task: like.new_zeros(0, width) for task, width in self.widths.items()}, {})
         groups = x.grouped(len(self.domains))
-        outputs = {d: self.run_expert(d, groups, *read) for d, read in self.adapt(x, groups).items()}
-        embeddings = self.gather([out.embedding_BW for out in outputs.values()], groups)
-        return TowerOutput(embeddings, {d: out.gates_TBE for d, out in outputs.items()})
-
-    # forward's three steps, of which `MTMD` gives the first two to two threads
-
-    def adapt(self, x: TowerInput, groups: DomainGroups) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """What the expert of each domain that has rows reads: `DomainExpert.forward`'s arguments."""
         dense_BF = x.dense.index_select(0, groups.order_B)
         if self.norm is not None:
             dense_BF = self.norm(dense_BF)
         ids_BC = x.ids.index_select(0, groups.order_B)
         embedded_BW = self.embeddings(ids_BC, x.domain.index_select(0, groups.order_B))
 
-        blocks = zip(self.domains, dense_BF.split(groups.counts), embedded_BW.split(groups.counts), strict=True)
+        counts = list(groups.counts)
+        blocks = zip(self.domains, dense_BF.split(counts), embedded_BW.split(counts), strict=True)
         adapted = {
             d: self.adaptation[module_key(d)](*self._filled(dense, embedded))
             for d, dense, embedded in blocks
@@ -113,29 +106,14 @@ class Tower(nn.Module):
         }
         common_BS = torch.cat([a.common_BS for a in adapted.values()])
         shared_BH = common_BS[:, :0] if self.domain_shared is None else self.domain_shared(common_BS)
-        parts = shared_BH.split([len(a.own_BD) for a in adapted.values()])
-        return {d: (a.own_BD, a.key_BK, shared) for (d, a), shared in zip(adapted.items(), parts, strict=True)}
+        shared = dict(zip(adapted, shared_BH.split([len(a.own_BD) for a in adapted.values()]), strict=True))
+        rows = dict(zip(self.domains, counts, strict=True))
+        outputs = {d: self.expert[module_key(d)](adapted[d], shared[d]).first(rows[d]) for d in adapted}
 
-    def run_expert(self, domain: str, groups: DomainGroups, *read: Tensor) -> ExpertOutput:
-        """What a domain's expert makes of what `adapt` returns."""
-        out: ExpertOutput = self.expert[module_key(domain)](*read)
-        return out.first(groups.counts[self.domains.index(domain)])
-
-    def gather(self, embedding_BW: Sequence[Tensor], groups: DomainGroups) -> dict[str, Tensor]:
-        """The embeddings of the domains that have rows, in their order -> task -> (B, D), in the rows' own places."""
-        of_domains = zip(self.present(groups), embedding_BW, strict=True)
-        sorted_BW = torch.cat([self._all_tasks(domain, embedding) for domain, embedding in of_domains])
-        parts = _Permute.apply(sorted_BW, groups.inverse_B, groups.order_B).split(list(self.widths.values()), 1)
-        return dict(zip(self.widths, parts, strict=True))
-
-    def present(self, groups: DomainGroups) -> list[str]:
-        """The domains that have rows."""
-        return [d for d, count in zip(self.domains, groups.counts, strict=True) if count]
-
-    def cost(self, domain: str, groups: DomainGroups) -> float:
-        """What a domain's expert takes for a batch, up to a factor that all share: weights times rows."""
-        weights = sum(p.numel() for p in self.expert[module_key(domain)].parameters())
-        return float(weights * groups.counts[self.domains.index(domain)])
+        sorted_BW = torch.cat([self._all_tasks(d, out.embedding_BW) for d, out in outputs.items()])
+        embedding_BW = _Permute.apply(sorted_BW, groups.inverse_B, groups.order_B)
+        parts = embedding_BW.split(list(self.widths.values()), 1)
+        return TowerOutput(dict(zip(self.widths, parts, strict=True)), {d: out.gates_TBE for d, out in outputs.items()})
 
     def counterparts(self) -> list[dict[str, Counterpart]]:
         """Each domain's parameters by the part they play (see `partial_pooling`)."""

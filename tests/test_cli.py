@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from datetime import date, datetime
@@ -149,14 +148,6 @@ def test_a_demo_of_a_wrong_folder_says_so_once(home, tmp_path, capsys):
     assert said.count("no such file") == 1
     assert str(tmp_path) in said
     assert not home.root.exists()
-
-
-def test_imports_ahead_and_says_nothing_of_what_is_not_there(tmp_path, monkeypatch, capfd):
-    (tmp_path / "needed_later.py").write_text("import threading; where = threading.current_thread()")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    cli._import_ahead("not_installed", "needed_later").join()
-    assert sys.modules.pop("needed_later").where is not threading.current_thread()
-    assert capfd.readouterr() == ("", "")
 
 
 def test_a_demo_keeps_the_registered_file(home, capsys):

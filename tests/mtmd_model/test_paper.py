@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mtmd_model.batch import Batch
-from mtmd_model.domain_adaptation import DomainAdaptation
+from mtmd_model.domain_adaptation import Adapted, DomainAdaptation
 from mtmd_model.domain_expert import DomainExpert
 from mtmd_model.encoder import Encoder
 from mtmd_model.ffn import FFN, GroupedFFN
@@ -46,7 +46,8 @@ def test_a_domain_expert_is_the_papers_formula(norm: Literal["pre", "post", "non
     config = MTMDConfig(deep=(10, 6), shallow=(5, 3), router=(7, 4), norm=norm, cross_rank=0.2)
     expert: Any = noisy(DomainExpert((4, 2), d_own=9, d_key=5, config=config))
     own, key, shared = (torch.randn(11, d, dtype=torch.float64) for d in (9, 5, 6))
-    got = expert(own, key, shared)
+    # the common layout belongs to the domain-shared expert, which the tower runs
+    got = expert(Adapted(own, key, torch.full((11, 20), float("nan"))), shared)
 
     task_shared, parts = layers(expert.deep_and_task_shared, 2, own), []
     for t, width in enumerate((4, 2)):
@@ -133,9 +134,9 @@ def test_dropout_is_active_in_training_only():
 def test_gates_are_the_same_under_autocast():
     expert: Any = noisy(DomainExpert((4, 2), d_own=9, d_key=5, config=TINY)).float()
     own, key, shared = torch.randn(11, 9), torch.randn(11, 5), torch.randn(11, 8)
-    exact = expert(own, key, shared).gates_TBE
+    exact = expert(Adapted(own, key, own), shared).gates_TBE
     with torch.autocast("cpu", torch.bfloat16):
-        gates = expert(own, key, shared).gates_TBE
+        gates = expert(Adapted(own, key, own), shared).gates_TBE
     assert gates.dtype == torch.float32
     assert torch.equal(gates, exact)
 
@@ -148,7 +149,7 @@ def test_experts_are_weighed_equally_at_first_and_the_router_still_learns():
     optimiser = torch.optim.AdamW(expert.parameters(), lr=0.01)
     for _ in range(5):
         optimiser.zero_grad()
-        expert(own, key, shared).embedding_BW.square().sum().backward()
+        expert(Adapted(own, key, own), shared).embedding_BW.square().sum().backward()
         optimiser.step()
     moved = expert.gates(own) - 1 / 3
     assert moved.abs().max() > 1e-4

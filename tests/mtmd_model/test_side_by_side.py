@@ -1,22 +1,14 @@
-"""Networks at once, with two threads."""
+"""Both towers at once, with two threads."""
 
-import threading
-from dataclasses import replace
-
-import pyarrow.compute as pc
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mtmd_model import mtmd
 from mtmd_model.config import MTMDConfig
 from mtmd_model.encoder import Encoder, fit_encoder
 from mtmd_model.loss import kl_loss
 from mtmd_model.mtmd import MTMD
-from mtmd_model.side_by_side import Job, _halves, both, side_by_side
+from mtmd_model.side_by_side import both, side_by_side
 from tests.mtmd_model.sample import examples, platform
-from tests.mtmd_model.test_ablations import SWITCHES
 
 TINY = MTMDConfig(deep=(12, 8), shallow=(6, 4), router=(6,), width_divisor=8)
 
@@ -39,56 +31,40 @@ def calls(monkeypatch):
     """How often the towers ran at once."""
     found = []
 
-    def counted(sides):
+    def counted(first, second):
         found.append(torch.is_autocast_enabled("cpu"))
-        return embed_at_once(sides)
+        return side_by_side(first, second)
 
-    embed_at_once = mtmd._embed_at_once
-    monkeypatch.setattr(mtmd, "_embed_at_once", counted)
+    monkeypatch.setattr("mtmd_model.mtmd.side_by_side", counted)
     return found
 
 
-def trained(encoder, config=TINY, bf16=False, rows=None):
+def trained(encoder, config=TINY, bf16=False):
     """A model after one pass, its logits and the gradients."""
     torch.manual_seed(0)
     model = MTMD(encoder.schema, encoder.rows, config)
-    batch = encoder.encode(examples(300) if rows is None else rows)
+    batch = encoder.encode(examples(300))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(batch)
     kl_loss(logits.float(), batch.labels, batch.weight, torch.ones(4)).backward()
     return model, logits
 
 
-def assert_the_same_in_one_thread(encoder, calls, **how):
-    model, logits = trained(encoder, **how)
-    assert calls == [how.get("bf16", False)]
+@pytest.mark.parametrize("bf16", [False, True])
+def test_logits_gradients_and_statistics_are_those_of_one_after_the_other(encoder, calls, bf16):
+    model, logits = trained(encoder, bf16=bf16)
+    assert calls == [bf16]
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    alone, expected = trained(encoder, **how)
+    alone, expected = trained(encoder, bf16=bf16)
     assert len(calls) == 1, "one thread runs one after the other"
     assert torch.equal(logits, expected)
-    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
+    for (name, p), q in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        assert (p.grad is None) == (q[1].grad is None), name
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, msg=name)
+            torch.testing.assert_close(p.grad, q[1].grad, msg=name)
     for (name, a), b in zip(model.named_buffers(), alone.buffers(), strict=True):
         assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES.keys())
-def test_logits_gradients_and_statistics_are_those_of_one_thread(encoder, calls, changes):
-    assert_the_same_in_one_thread(encoder, calls, config=replace(TINY, **changes))
-
-
-def test_bf16_is_that_of_one_thread(encoder, calls):
-    assert_the_same_in_one_thread(encoder, calls, bf16=True)
-
-
-def test_a_domain_without_rows_is_left_alone(encoder, calls):
-    rows = examples(300)
-    rows = rows.filter(pc.not_equal(rows["surface"], "search"))
-    assert 0 < len(rows) < 300
-    assert_the_same_in_one_thread(encoder, calls, rows=rows)
 
 
 def test_gradients_add_up_over_two_batches(encoder, calls):
@@ -113,43 +89,6 @@ def test_dropout_and_evaluation_run_one_after_the_other(encoder, calls):
     with torch.inference_mode():
         model(encoder.encode(examples(10)))
     assert calls == []
-
-
-def test_gradients_reach_inputs_and_parameters_of_what_is_used_only():
-    weights = [torch.full((2,), float(n), requires_grad=True) for n in (1, 2, 3)]
-    x, constant = torch.tensor([3.0, 5.0], requires_grad=True), torch.ones(2)
-    seen = set()
-
-    def network(weight, *inputs):
-        seen.add(threading.current_thread())
-        return [sum(inputs) * weight, constant]
-
-    jobs = [Job(lambda *i, w=w: network(w, *i), (2 * x, constant)) for w in weights]
-    (used, same), (unused, _), (again, _) = side_by_side(jobs)
-    assert len(seen) == 2
-    assert torch.equal(used, (2 * x + 1) * 1)
-    assert torch.equal(unused, (2 * x + 1) * 2)
-    assert torch.equal(same, constant)
-    (used + again).sum().backward()
-    assert torch.equal(x.grad, torch.full((2,), 2.0 * (1 + 3)))
-    assert [None if w.grad is None else w.grad.tolist() for w in weights] == [[7, 11], None, [7, 11]]
-
-
-def test_a_second_pass_backward_counts_no_gradient_twice():
-    x = torch.tensor([3.0], requires_grad=True)
-    [[first], [second]] = side_by_side([Job(lambda y: [2 * y], (x,)), Job(lambda y: [5 * y], (x,))])
-    first.sum().backward(retain_graph=True)
-    assert x.grad.item() == 2
-    second.sum().backward()
-    assert x.grad.item() == 7
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12))
-def test_each_thread_has_about_half_of_the_work(costs):
-    halves = _halves(costs)
-    assert sorted(n for half in halves for n in half) == list(range(len(costs)))
-    first, second = (sum(costs[n] for n in half) for half in halves)
-    assert 0 <= first - second <= max(costs) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("who", ["first", "second"])
