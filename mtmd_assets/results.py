@@ -224,14 +224,19 @@ def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) 
         for model, embedding, dense, epoch, config, versions in sorted(rows, key=lambda r: order.get(r[0], 99))
         if model in ("mtmd", *CONTENDERS)
     ]
+    weights = _task_weights(site, [version for row in rows for version in row[-1]])
     words = f"""Parameters, the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
-that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{_task_weights(site)}"""
+that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{weights}"""
     return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
 
 
-def _task_weights(site: Site) -> str:
-    weights = ", ".join(f"{task.name} {task.weight:g}" for task in site.platform.tasks)
-    return f" Weights of the tasks in everybody's loss: {weights}."
+def _task_weights(site: Site, versions: Collection[str]) -> str:
+    """A sentence: what they were trained with, all alike; nothing where none of their folders is there."""
+    for manifest in (_manifest(site, version) for version in versions):
+        if manifest is not None:
+            weights = ", ".join(f"{task['name']} {task['weight']:g}" for task in manifest["schema"]["tasks"])
+            return f" Weights of the tasks in everybody's loss: {weights}."
+    return ""
 
 
 def _jumped(site: Site, versions: Collection[str]) -> str:

@@ -254,6 +254,15 @@ def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
     assert results._jumped(studied.site, ["a version whose folder is gone"]) == ""
 
 
+def test_the_weights_of_the_tasks_are_those_trained_with(studied):
+    from mtmd_assets import results
+
+    with studied.site.warehouse.connect() as con:
+        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1])
+    assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
+    assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
+
+
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
     from mtmd_assets import results
 
