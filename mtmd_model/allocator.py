@@ -3,9 +3,12 @@
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 LARGEST = 32 << 20
 """Bytes of the largest block that glibc lets be kept."""
+HEAP = 64 << 20
+"""Bytes of a heap of a thread that is not the first. glibc gives back an empty one, but not if it wants so much room on
+top."""
 
 
 def keep_freed_memory() -> bool:
@@ -17,4 +20,5 @@ def keep_freed_memory() -> bool:
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    options = {M_MMAP_THRESHOLD: LARGEST, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: HEAP}
+    return mallopt is not None and all(mallopt(option, value) for option, value in options.items())

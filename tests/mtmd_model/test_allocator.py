@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mtmd_model import allocator
+
 MIB = 2**20
 HELD = """
 import ctypes, sys
@@ -40,3 +42,45 @@ def held(keep: bool) -> int:
 def test_what_is_freed_is_kept():
     assert held(keep=True) > 320 * MIB
     assert held(keep=False) < 320 * MIB
+
+
+AGAIN = """
+import resource, sys, threading
+sys.path.insert(0, {root!r})
+import torch
+from mtmd_model import allocator
+
+allocator.HEAP = {heap}
+assert allocator.keep_freed_memory()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    held = [torch.ones(5 << 20, dtype=torch.uint8) for _ in range(60)]
+    while held:
+        held.pop()
+
+def train():
+    for _ in range(6):
+        step()
+    before = faults()
+    for _ in range(4):
+        step()
+    print(faults() - before)
+
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_another_thread_does_not_fetch_its_memory_again_page_by_page():
+    def faults(heap: int) -> int:
+        code = AGAIN.format(root=str(Path(__file__).parents[2]), heap=heap)
+        found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        return int(found.stdout)
+
+    assert faults(allocator.HEAP) < 100
+    assert faults(128 << 10) > 10_000, "this glibc keeps an empty heap anyway"
