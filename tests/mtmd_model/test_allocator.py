@@ -83,4 +83,4 @@ def test_another_thread_does_not_fetch_its_memory_again_page_by_page():
         return int(found.stdout)
 
     assert faults(allocator.HEAP) < 100
-    assert faults(128 << 10) > 10_000, "this glibc keeps an empty heap anyway"
+    assert faults(128 << 10) > 1_000, "this glibc keeps an empty heap anyway"
