@@ -1,8 +1,9 @@
 """The models that MTMD is measured against, and MTMD with one thing taken away: how each is trained.
 
 A contender is trained on the same window, features, passes and stopping rule as MTMD. What the platform file says of
-it under `experiments.contenders` was chosen on days before those that are evaluated (docs/experiments.md). An ablation is
-MTMD's own training with one change. All make `experiments.max_epochs` passes, where the platform file has it.
+it under `experiments.contenders` was chosen on days before those that are evaluated (docs/experiments.md), and of MTMD
+under `experiments.mtmd`, where the daily model is a cheaper one. An ablation is MTMD's training here with one change. All
+make `experiments.max_epochs` passes, where the platform file has it.
 
 Nothing here imports Dagster or torch: a training process pays for what it needs only.
 """
@@ -69,10 +70,12 @@ def change_of(platform: Platform, model: str) -> Change:
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
     experiments = platform.experiments
-    change = _contender(experiments, model) if model in CONTENDERS else ABLATIONS.get(model, Change())
-    if experiments.max_epochs is None:
-        return change
-    return replace(change, training={"max_epochs": experiments.max_epochs, **change.training})
+    if model in CONTENDERS:
+        change, own = _contender(experiments, model), {}
+    else:
+        change, own = ABLATIONS.get(model, Change()), experiments.mtmd.model_dump(exclude_none=True)
+    passes = {} if experiments.max_epochs is None else {"max_epochs": experiments.max_epochs}
+    return replace(change, training={**passes, **own, **change.training})
 
 
 def _contender(experiments: Experiments, model: str) -> Change:

@@ -315,8 +315,8 @@ class Training(Frozen):
         return self
 
 
-class Contender(Frozen):
-    """What differs from `training` for a contender."""
+class OwnSettings(Frozen):
+    """What differs from `training` for a model in experiments."""
 
     preset: Literal["small", "half", "paper"] | None = None
     max_epochs: Integer | None = Field(None, gt=0)
@@ -329,6 +329,11 @@ class Contender(Frozen):
     dropout: Number | None = Field(None, ge=0, lt=1)
     slice_balance: Number | None = Field(None, ge=0, le=1)
     id_dropout: Number | None = Field(None, ge=0, lt=1)
+
+
+class Contender(OwnSettings):
+    """The same of a contender."""
+
     experts: Integer | None = Field(None, gt=0)
     """Of a tower of `mmoe_dcn`."""
 
@@ -348,6 +353,8 @@ class Experiments(Frozen):
     """Days on which settings are judged, all before the evaluation days."""
     tuned_epochs: tuple[Annotated[Integer, Field(gt=0)], ...] = ()
     """Passes that the search tries, beginning with the first; if left out, only those of the experiments."""
+    mtmd: OwnSettings = Field(default_factory=OwnSettings)
+    """MTMD's own settings here, and its ablations': the daily model may be a smaller one."""
     contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(default_factory=dict)
     """Each contender's own settings."""
 

@@ -4,7 +4,8 @@ Single changes first, each of one setting of the start, on the last tuning day; 
 platform file says. The best of all are trained for every tuning day with two seeds, and the best mean is what to take.
 A trial trains on the days before a tuning day, stops on that day and is judged on it, as the last day of a window decides
 when to stop; the tuning days lie before every evaluation day. What is chosen goes into the platform file by hand: MTMD's
-into `training`, a contender's into `experiments.contenders`.
+into `training`, or into `experiments.mtmd` if the daily model is to be a cheaper one, a contender's into
+`experiments.contenders`.
 """
 
 import json

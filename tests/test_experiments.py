@@ -14,8 +14,10 @@ from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Home
 from mtmd_assets.platform import shipped_platform
-from mtmd_assets.platform_parts import Contender
+from mtmd_assets.platform_parts import Contender, OwnSettings
 from mtmd_assets.training_pool import TrainJob, train_all
+from mtmd_model.config import MTMDConfig
+from mtmd_model.plain import PlainConfig
 from tests.worlds import Runner, query, show_failure, small_adworld
 
 DAYS = [date(2026, 1, d) for d in (4, 5)]
@@ -448,6 +450,20 @@ def test_a_contender_may_have_another_warm_up_and_clip():
     found = {m: (config.optimiser.warmup_share, config.gradient_clip) for m, config in configs.items()}
     assert found.pop("mmoe_dcn") == (0.3, 0.4)
     assert set(found.values()) == {(0.2, 0.5)}
+
+
+def test_experiments_may_have_a_larger_mtmd_than_the_daily_model():
+    adworld = shipped_platform("adworld")
+    training = adworld.training.model_copy(update={"preset": "small", "deviation": 0.1})
+    larger = adworld.experiments.model_copy(update={"mtmd": OwnSettings(preset="half"), "contenders": {}})
+    platform = adworld.model_copy(update={"training": training, "experiments": larger})
+    small, half = (MTMDConfig.preset(name) for name in ("small", "half"))
+    assert train_config(platform).model == small
+    assert train_config(platform, change_of(platform, "mtmd")).model == half
+    without = train_config(platform, change_of(platform, "unpooled"))
+    assert (without.model, without.optimiser.deviation) == (half, None)
+    pooled = train_config(platform, change_of(platform, "pooled_towers"))
+    assert pooled.model == PlainConfig.preset("small")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
