@@ -67,18 +67,18 @@ def main() -> None:
 def machine() -> str:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    lines = [line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines()] if info.exists() else []
+    about = {name.strip(): value.strip() for name, _, value in lines}
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in about.get("flags", "").split()]
+    processor = about.get("model name") or platform.processor()
+    kind = f"family {about.get('cpu family', '?')} model {about.get('model', '?')}: {' '.join(units)}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "pyarrow", "polars", "duckdb"))
     load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return "\n".join(
         [
-            f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}",
+            f"{processor} ({kind}), {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}",
             f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}",
             f"{torch.get_num_threads()} torch threads, {load} when it began",
         ]

@@ -1,9 +1,9 @@
 """The models that MTMD is measured against, and MTMD with one thing taken away: how each is trained.
 
-A contender is trained on the same window, features, passes and stopping rule as MTMD. What the platform file says of
+A contender is trained on the same window and features and by the same stopping rule as MTMD. What the platform file says of
 it under `experiments.contenders` was chosen on days before those that are evaluated (docs/experiments.md), and of MTMD
 under `experiments.mtmd`, where the daily model is a cheaper one. An ablation is MTMD's training here with one change. All
-make `experiments.max_epochs` passes, where the platform file has it.
+make `experiments.max_epochs` passes, where the platform file has it and nothing of their own.
 
 Nothing here imports Dagster or torch: a training process pays for what it needs only.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.platform import Platform
-from mtmd_assets.platform_parts import Experiments
+from mtmd_assets.platform_parts import Contender
 
 if TYPE_CHECKING:
     from mtmd_model.train import TrainConfig
@@ -71,18 +71,13 @@ def change_of(platform: Platform, model: str) -> Change:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
     experiments = platform.experiments
     if model in CONTENDERS:
-        change, own = _contender(experiments, model), {}
+        settings = experiments.contenders.get(model, Contender()).model_dump(exclude_none=True)  # type: ignore[call-overload]
+        of_model = {k: settings.pop(k) for k in ("experts",) if k in settings}
+        change = Change(model, of_model)
     else:
-        change, own = ABLATIONS.get(model, Change()), experiments.mtmd.model_dump(exclude_none=True)
+        settings, change = experiments.mtmd.model_dump(exclude_none=True), ABLATIONS.get(model, Change())
     passes = {} if experiments.max_epochs is None else {"max_epochs": experiments.max_epochs}
-    return replace(change, training={**passes, **own, **change.training})
-
-
-def _contender(experiments: Experiments, model: str) -> Change:
-    of_model = {name: settings for name, settings in experiments.contenders.items() if name == model}
-    settings = {k: v for c in of_model.values() for k, v in c.model_dump(exclude_none=True).items()}
-    own = {k: settings.pop(k) for k in ("experts",) if k in settings}
-    return Change(architecture=model, model=own, training=settings)
+    return replace(change, training={**passes, **settings, **change.training})
 
 
 def train_config(platform: Platform, change: Change | None = None, seed: int | None = None) -> "TrainConfig":

@@ -331,8 +331,14 @@ class OwnSettings(Frozen):
     id_dropout: Number | None = Field(None, ge=0, lt=1)
 
 
+class OwnMTMD(OwnSettings):
+    """Those of MTMD and its ablations."""
+
+    deviation: Number | None = Field(None, ge=0)
+
+
 class Contender(OwnSettings):
-    """The same of a contender."""
+    """Those of a contender."""
 
     experts: Integer | None = Field(None, gt=0)
     """Of a tower of `mmoe_dcn`."""
@@ -346,15 +352,16 @@ class Experiments(Frozen):
     seeds: Integer = Field(3, ge=1, le=100)
     """Models of each kind and day, with the seeds 0, 1 …"""
     max_epochs: Integer | None = Field(None, gt=0)
-    """Passes of every model here, if not `training.max_epochs`: the daily model may be trained for a shorter time."""
+    """Passes of every model here that names none itself, if not `training.max_epochs`: the daily model may be trained for
+    a shorter time."""
     ablation_days: Integer | None = Field(None, ge=1, le=100)
     """Ablations are trained for the last so many evaluation days only, and compared on these; all if left out."""
     tuning_days: tuple[Day, ...] = ()
     """Days on which settings are judged, all before the evaluation days."""
     tuned_epochs: tuple[Annotated[Integer, Field(gt=0)], ...] = ()
     """Passes that the search tries, beginning with the first; if left out, only those of the experiments."""
-    mtmd: OwnSettings = Field(default_factory=OwnSettings)
-    """MTMD's own settings here, and its ablations': the daily model may be a smaller one."""
+    mtmd: OwnMTMD = Field(default_factory=OwnMTMD)
+    """MTMD's own settings here: the daily model may be a smaller one."""
     contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(default_factory=dict)
     """Each contender's own settings."""
 

@@ -1,8 +1,8 @@
 """The two-towers without domain modules that MTMD is measured against: pooled towers and slice towers.
 
 Each tower is a multilayer feed-forward network after feature pre-processing (paper section 3.2). What is not
-MTMD's architecture they share with it: features, loss, task chain, slice biases, layers of the same kind, vectors
-of the same width.
+MTMD's architecture they share with it: features, loss, task chain, slice biases, layers of the same kind, and in one
+preset the widths of the vectors.
 
 Shapes: B rows, D width of a task's stored vector.
 """

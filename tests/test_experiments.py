@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -14,7 +15,7 @@ from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Home
 from mtmd_assets.platform import shipped_platform
-from mtmd_assets.platform_parts import Contender, OwnSettings
+from mtmd_assets.platform_parts import Contender, OwnMTMD
 from mtmd_assets.training_pool import TrainJob, train_all
 from mtmd_model.config import MTMDConfig
 from mtmd_model.plain import PlainConfig
@@ -40,6 +41,7 @@ def studied(tmp_path_factory):
         "seeds": 2,
         "ablation_days": 1,
         "tuning_days": ["2026-01-02", "2026-01-03"],
+        "mtmd": {"learning_rate": 0.004},
         "contenders": {"pooled_towers": {"dropout": 0.1}},
     }
     file = small_adworld(
@@ -416,9 +418,12 @@ def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):
         tuning.tune(site, ["mtmd"], 1, print)
 
 
-def test_a_contender_differs_from_mtmd_in_what_the_platform_file_says_only(studied):
+def test_a_model_differs_from_the_daily_one_in_what_the_platform_file_says_only(studied):
     platform = studied.site.platform
-    ours = train_config(platform, change_of(platform, "mtmd"), 1).to_dict()
+    daily = train_config(platform, seed=1)
+    here = replace(daily, optimiser=replace(daily.optimiser, learning_rate=0.004))
+    assert train_config(platform, change_of(platform, "mtmd"), 1) == here
+    ours = daily.to_dict()
     pooled = train_config(platform, change_of(platform, "pooled_towers"), 1).to_dict()
     assert pooled["model"]["dropout"] == 0.1
     for same in ("optimiser", "batch_size", "max_epochs", "patience", "seed", "sample_rate", "gradient_clip"):
@@ -455,15 +460,21 @@ def test_a_contender_may_have_another_warm_up_and_clip():
 def test_experiments_may_have_a_larger_mtmd_than_the_daily_model():
     adworld = shipped_platform("adworld")
     training = adworld.training.model_copy(update={"preset": "small", "deviation": 0.1})
-    larger = adworld.experiments.model_copy(update={"mtmd": OwnSettings(preset="half"), "contenders": {}})
+    own = OwnMTMD(preset="half", learning_rate=0.007, max_epochs=9, deviation=0.4)
+    larger = adworld.experiments.model_copy(update={"max_epochs": 5, "mtmd": own, "contenders": {}})
     platform = adworld.model_copy(update={"training": training, "experiments": larger})
+
+    daily, here, without, pooled = (
+        train_config(platform, change and change_of(platform, change))
+        for change in (None, "mtmd", "unpooled", "pooled_towers")
+    )
     small, half = (MTMDConfig.preset(name) for name in ("small", "half"))
-    assert train_config(platform).model == small
-    assert train_config(platform, change_of(platform, "mtmd")).model == half
-    without = train_config(platform, change_of(platform, "unpooled"))
-    assert (without.model, without.optimiser.deviation) == (half, None)
-    pooled = train_config(platform, change_of(platform, "pooled_towers"))
-    assert pooled.model == PlainConfig.preset("small")
+    assert (daily.model, daily.max_epochs) == (small, training.max_epochs)
+    assert (here.model, here.max_epochs) == (half, 9)
+    assert (here.optimiser.learning_rate, here.optimiser.deviation) == (0.007, 0.4)
+    assert without == replace(here, optimiser=replace(here.optimiser, deviation=None))
+    assert (pooled.model, pooled.max_epochs) == (PlainConfig.preset("small"), 5)
+    assert pooled.optimiser == daily.optimiser
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -62,12 +62,14 @@ def _snapshot(site: Site, con: "DuckDBPyConnection", day: date, side: Side) -> "
     Raises:
         dagster.Failure: if one key has two different rows, naming the key and the features that vary.
     """
+    import polars as pl
+
     kept, features = list(KEPT[side]), [f.name for f in site.platform.features if f.side == side]
-    problem = varying(con, "evaluated", side, features)
-    if problem:
-        raise dg.Failure(f"{day}: {problem}", allow_retries=False)
     columns, keys = ", ".join(kept + features), ", ".join(KEYS[side])
-    return con.sql(f"SELECT DISTINCT {columns} FROM evaluated ORDER BY {keys}").to_arrow_table(), kept
+    rows = con.sql(f"SELECT DISTINCT {columns} FROM evaluated ORDER BY {keys}").to_arrow_table()
+    if pl.DataFrame(pl.from_arrow(rows.select(KEYS[side]))).n_unique() < rows.num_rows:
+        raise dg.Failure(f"{day}: {varying(con, 'evaluated', side, features)}", allow_retries=False)
+    return rows, kept
 
 
 def _long(keys: "pa.Table", vectors: "Mapping[str, tuple[np.ndarray, np.ndarray]]", version: str) -> "pl.DataFrame":
