@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtmd_model import allocator
+from mtmd_model.allocator import HEAP
 
 MIB = 2**20
 HELD = """
@@ -48,10 +48,9 @@ AGAIN = """
 import resource, sys, threading
 sys.path.insert(0, {root!r})
 import torch
-from mtmd_model import allocator
+from mtmd_model.allocator import keep_freed_memory
 
-allocator.HEAP = {heap}
-if not allocator.keep_freed_memory():
+if not keep_freed_memory({room}):
     sys.exit("no mallopt")
 
 def faults():
@@ -77,15 +76,15 @@ thread.join()
 
 
 def test_another_thread_does_not_fetch_its_memory_again_page_by_page():
-    def faults(heap: int) -> int:
-        code = AGAIN.format(root=str(Path(__file__).parents[2]), heap=heap)
+    def faults(room: int) -> int:
+        code = AGAIN.format(root=str(Path(__file__).parents[2]), room=room)
         found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
         if "no mallopt" in found.stderr:
             pytest.skip("the C library is not glibc")
         assert found.returncode == 0, found.stderr
         return int(found.stdout)
 
-    kept, given_back = faults(allocator.HEAP), faults(128 << 10)
+    kept, given_back = faults(HEAP), faults(128 << 10)
     if given_back < 1000:
         pytest.skip("this C library keeps an empty heap anyway")
     assert kept < given_back / 10
