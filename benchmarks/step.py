@@ -3,7 +3,6 @@
 The paper preset, 60 features, batches of 4,096 rows; in fp32 but for one figure.
 """
 
-import resource
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import synthetic
 from benchmarks.figures import Figure, alternating
-from mtmd_model.allocator import HEAP, keep_freed_memory
+from mtmd_model.allocator import keep_freed_memory
 from mtmd_model.architectures import build
 from mtmd_model.batch import Batch
 from mtmd_model.compiled import compile_parts
@@ -34,8 +33,6 @@ GEMM = 2048
 """Columns and depth of the matrix product: (BATCH, GEMM) by (GEMM, GEMM)."""
 BATCHES = 4
 """That a bare step takes in turn."""
-GLIBC_ROOM = 128 << 10
-"""Bytes that glibc leaves on top of a heap by itself."""
 
 
 def figures(steps: int = 8, repetitions: int = 3, preset: str = "paper") -> list[Figure]:
@@ -47,12 +44,7 @@ def figures(steps: int = 8, repetitions: int = 3, preset: str = "paper") -> list
         preset: of the model.
     """
     config = MTMDConfig.preset(preset)
-    return [
-        *_loop(config, steps, repetitions),
-        *_arithmetic(config, repetitions),
-        *_domains(config, repetitions),
-        _memory_given_back(config, steps, repetitions),
-    ]
+    return [*_loop(config, steps, repetitions), *_arithmetic(config, repetitions), *_domains(config, repetitions)]
 
 
 def _loop(config: MTMDConfig, steps: int, repetitions: int) -> list[Figure]:
@@ -131,31 +123,6 @@ def _domains(config: MTMDConfig, repetitions: int) -> list[Figure]:
         Figure.at_most(f"step with {name}", other / base, "x", reference, 1.2)
         for name, other in zip(names, others, strict=True)
     ]
-
-
-def _memory_given_back(config: MTMDConfig, steps: int, repetitions: int) -> Figure:
-    """Steps during which glibc takes back what the second thread frees, beside those during which it does not."""
-    step = Step(synthetic.platform(), config)
-    faults: dict[int, list[int]] = {GLIBC_ROOM: [], HEAP: []}
-
-    def run(room: int) -> None:
-        keep_freed_memory(room)
-        before = _faults()
-        for _ in range(steps):
-            step()
-        faults[room].append(_faults() - before)
-
-    back, kept = alternating(lambda: run(GLIBC_ROOM), lambda: run(HEAP), repetitions=2 * repetitions)
-    found = {room: statistics.median(runs[1:]) / steps for room, runs in faults.items()}
-    reference = (
-        f"kept: {BATCH * steps / kept:,.0f} rows/s; {found[GLIBC_ROOM]:,.0f} page faults a step, {found[HEAP]:,.0f}"
-    )
-    return Figure.report("step with the second thread's memory given back", back / kept, "x", reference)
-
-
-def _faults() -> int:
-    """Pages that this process had to be given so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Step:
