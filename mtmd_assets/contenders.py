@@ -71,7 +71,8 @@ def change_of(platform: Platform, model: str) -> Change:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
     experiments = platform.experiments
     if model in CONTENDERS:
-        settings = experiments.contenders.get(model, Contender()).model_dump(exclude_none=True)  # type: ignore[call-overload]
+        named = {str(name): settings for name, settings in experiments.contenders.items()}
+        settings = named.get(model, Contender()).model_dump(exclude_none=True)
         of_model = {k: settings.pop(k) for k in ("experts",) if k in settings}
         change = Change(model, of_model)
     else:
