@@ -1,11 +1,14 @@
-"""Calibration on the days that training stopped on: one constant a task, added to the biases of all slices.
+"""Calibration on the days that training stopped on: a constant a task and slice, added to the biases.
 
-The level of a trained model wanders: the sum of its predictions is off by several per cent, alike in most slices, on the
-days it was trained on too, and with a sign that differs from run to run, whatever the training loss says. The days that
-decided when to stop show by how much. Constants of each slice, or those of the training days, were tried and predict
-later days as well, within the noise (docs/experiments.md).
+A trained model's sum of predictions is off by several per cent on days that it was not trained on: more for a rare task,
+and more in a small slice, which it knows by heart; how much differs from run to run. The days that decided when to stop
+show it, but the sums of one slice on one day stray by themselves. Therefore a random-effects model, as in a meta-analysis
+(DerSimonian and Laird, 1986): the logarithms of a task's ratios, one a slice, lie around the task's own, stray from day to
+day, and are observed with the variance of their rows. What is taken off is what a slice's is then expected to be on
+another day: of a large slice half way between its own and its task's, of a small one nearly its task's
+(docs/experiments.md says what else was tried).
 
-Shapes: B rows, T tasks, S surfaces, P products.
+Shapes: B rows, T tasks, Z slices (S surfaces x P products).
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +22,9 @@ from mtmd_model.batch import Batch
 from mtmd_model.constrained import chains
 from mtmd_model.two_tower import TwoTower, dot_products
 
+SPREAD, DAY = 0.04, 0.04
+"""Standard deviations of ln(sum of predictions / sum of scores): between the slices of a task, at least, and of a slice
+between days, however many rows it has."""
 NEAR, SHORT = 0.03, 0.1
 """A logarithm of a ratio of sums, and a step in logits, from which Newton's ends nearer than 0.001 without looking: what
 it leaves is about the half of their product."""
@@ -28,7 +34,7 @@ PASSES = 10
 
 @torch.no_grad()
 def calibrate(model: TwoTower, batches: Callable[[], Iterable[Batch]]) -> Tensor:
-    """Move a model's biases until each task's predictions sum to its scores, within a thousandth.
+    """Move a model's biases until what `expected` says is off is taken off, within a thousandth.
 
     Args:
         model: in evaluation mode.
@@ -38,58 +44,105 @@ def calibrate(model: TwoTower, batches: Callable[[], Iterable[Batch]]) -> Tensor
         (T,) the sum of the predictions over that of the scores as it was before; not a finite number where no score is
         above zero: such a task stays as it is.
     """
-    before_T = None
-    for _ in range(PASSES):
-        sums = _Sums.of(model, batches())
-        before_T = sums.ratio_T if before_T is None else before_T
-        step_T, near = sums.step_T()
-        model.bias.logits_TSP.add_(step_T[:, None, None])
+    sums = _Sums.of(model, batches())
+    before_T = sums.predicted_ZT.sum(0) / sums.scored_ZT.sum(0)
+    log_ratio_ZT = sums.log_ratio_ZT
+    goal_ZT = log_ratio_ZT - expected(log_ratio_ZT, sums.variance_ZT)
+    for n in range(PASSES):
+        sums = _Sums.of(model, batches()) if n else sums
+        step_ZT, near = sums.step_ZT(goal_ZT)
+        model.bias.logits_TSP.add_(step_ZT.T.reshape(model.bias.logits_TSP.shape))
         if near:
             break
-    assert before_T is not None
     return before_T
+
+
+def expected(log_ratio_ZT: Tensor, variance_ZT: Tensor) -> Tensor:
+    """(Z, T) what the logarithms of a task's ratios are expected to be in each slice, given those seen there.
+
+    Args:
+        log_ratio_ZT: as seen; NaN where nothing was.
+        variance_ZT: of what was seen, for the rows that it was seen in.
+
+    Returns:
+        Between the slice's own and the task's, which is the mean of all by their precision; the task's where nothing was
+        seen, and NaN for a task that was nowhere.
+    """
+    seen_ZT = ~log_ratio_ZT.isnan()
+    own_ZT, of_day_ZT = log_ratio_ZT.nan_to_num(), torch.where(seen_ZT, variance_ZT + DAY**2, torch.inf)
+    spread_T = _spread(own_ZT, of_day_ZT).clamp_min(SPREAD**2)
+    precision_ZT = 1 / (of_day_ZT + spread_T)
+    task_T = (precision_ZT * own_ZT).sum(0) / precision_ZT.sum(0)
+    return task_T + spread_T * precision_ZT * (own_ZT - task_T)
+
+
+def _spread(own_ZT: Tensor, of_day_ZT: Tensor) -> Tensor:
+    """(T,) the variance between slices by the method of moments (DerSimonian and Laird); 0 for fewer than two."""
+    precision_ZT = 1 / of_day_ZT
+    total_T = precision_ZT.sum(0)
+    mean_T = (precision_ZT * own_ZT).sum(0) / total_T
+    beyond_T = (precision_ZT * (own_ZT - mean_T) ** 2).sum(0) - ((precision_ZT > 0).sum(0) - 1)
+    return (beyond_T / (total_T - (precision_ZT**2).sum(0) / total_T)).nan_to_num(0, 0, 0)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over all rows with a label, in float64."""
+    """Over the rows of each slice that have a label, in float64."""
 
-    predicted_T: Tensor
+    predicted_ZT: Tensor
     """Of P(task | impression)."""
-    scored_T: Tensor
-    slope_TT: Tensor
+    scored_ZT: Tensor
+    squares_3ZT: Tensor
+    """Of squares of predictions, of predictions times scores, of squares of scores; each by the square of the weight."""
+    slope_ZTT: Tensor
     """d predicted[t] / d constant[a]."""
 
     @classmethod
     def of(cls, model: TwoTower, batches: Iterable[Batch]) -> "_Sums":
         """Those of a model's predictions."""
-        like = model.bias.logits_TSP
-        chain_TT = chains(model.schema.tasks, model.constrained).to(like.device)
-        predicted_T = like.new_zeros(len(chain_TT), dtype=torch.float64)
-        scored_T = torch.zeros_like(predicted_T)
-        slope_TT = torch.zeros_like(chain_TT)
+        tasks, surfaces, products = model.bias.logits_TSP.shape
+        chain_TT = chains(model.schema.tasks, model.constrained).to(model.bias.logits_TSP.device)
+        predicted_ZT = chain_TT.new_zeros(surfaces * products, tasks)
+        scored_ZT = torch.zeros_like(predicted_ZT)
+        squares_3ZT = predicted_ZT.new_zeros(3, *predicted_ZT.shape)
+        slope_ZTT = predicted_ZT.new_zeros(*predicted_ZT.shape, tasks)
         for batch in batches:
             z_BT = dot_products(*model.embed(batch)).double()
-            exists_BT = ~batch.labels.isnan()
-            weight_BT = batch.weight.double()[:, None] * exists_BT
+            slice_BZ = F.one_hot(batch.query.domain * products + batch.item.domain, surfaces * products).double()
             # ln P(task | impression) is the sum of ln P(. | given) along the chain
-            p_BT = weight_BT * (F.logsigmoid(z_BT) @ chain_TT.T).exp()
-            predicted_T += p_BT.sum(0)
-            scored_T += (weight_BT * batch.labels.double().nan_to_num()).sum(0)
-            slope_TT += p_BT.T @ torch.sigmoid(-z_BT)
-        return cls(predicted_T, scored_T, slope_TT * chain_TT)
+            p_BT = (F.logsigmoid(z_BT) @ chain_TT.T).exp()
+            weight_BT = batch.weight.double()[:, None] * ~batch.labels.isnan()
+            wp_BT, ws_BT = weight_BT * p_BT, weight_BT * batch.labels.double().nan_to_num()
+            predicted_ZT += slice_BZ.T @ wp_BT
+            scored_ZT += slice_BZ.T @ ws_BT
+            squares_3ZT += slice_BZ.T @ torch.stack([wp_BT**2, wp_BT * ws_BT, ws_BT**2])
+            slope_ZTT += torch.einsum("bz,bt,ba->zta", slice_BZ, wp_BT, torch.sigmoid(-z_BT))
+        return cls(predicted_ZT, scored_ZT, squares_3ZT, slope_ZTT * chain_TT)
 
     @property
-    def ratio_T(self) -> Tensor:
-        """(T,) predicted over scored."""
-        return self.predicted_T / self.scored_T
+    def log_ratio_ZT(self) -> Tensor:
+        """(Z, T) ln(predicted / scored); NaN where one of them is zero."""
+        log_ZT = (self.predicted_ZT / self.scored_ZT).log()
+        return torch.where(log_ZT.isfinite(), log_ZT, torch.nan)
 
-    def step_T(self) -> tuple[Tensor, bool]:
-        """(T,) Newton's step for the logarithms of the sums, which are nearly straight lines, at most 1 logit and zero
-        for a task without a score; and whether it needs no other after it."""
-        known_T = (self.scored_T > 0) & (self.predicted_T > 0)
-        wanted_T = torch.where(known_T, -self.ratio_T.log(), 0)
-        straight_TT = self.slope_TT / self.predicted_T[:, None]
-        straight_TT = torch.where(known_T[:, None], straight_TT, torch.eye(len(known_T)).to(straight_TT))
-        step_T = torch.linalg.solve(straight_TT, wanted_T).clamp(-1, 1)
-        return step_T, bool(((wanted_T.abs() < NEAR) & (step_T.abs() < SHORT)).all())
+    @property
+    def variance_ZT(self) -> Tensor:
+        """(Z, T) of `log_ratio_ZT`, if rows are independent: sum of (scaled prediction - score)^2 / scored^2."""
+        scale_ZT = self.scored_ZT / self.predicted_ZT
+        predicted_ZT, both_ZT, scored_ZT = self.squares_3ZT
+        return (scale_ZT**2 * predicted_ZT - 2 * scale_ZT * both_ZT + scored_ZT) / self.scored_ZT**2
+
+    def step_ZT(self, goal_ZT: Tensor) -> tuple[Tensor, bool]:
+        """(Z, T) Newton's step towards these logarithms of the ratios, which are nearly straight lines, at most 1 logit;
+        and whether it needs no other after it. Where a slice has no ratio, its task's mean step by scores; zero for a
+        task that has none anywhere."""
+        known_ZT = ~self.log_ratio_ZT.isnan()
+        wanted_ZT = torch.where(known_ZT, goal_ZT - self.log_ratio_ZT, 0)
+        straight_ZTT = self.slope_ZTT / self.predicted_ZT[:, :, None]
+        alone_TT = torch.eye(known_ZT.shape[1]).to(straight_ZTT)
+        straight_ZTT = torch.where(known_ZT[:, :, None], straight_ZTT, alone_TT)
+        step_ZT = torch.linalg.solve(straight_ZTT, wanted_ZT).clamp(-1, 1)
+        near = bool(((wanted_ZT.abs() < NEAR) & (step_ZT.abs() < SHORT)).all())
+        share_ZT = torch.where(known_ZT, self.scored_ZT, 0)
+        mean_T = ((share_ZT * step_ZT).sum(0) / share_ZT.sum(0)).nan_to_num()
+        return torch.where(known_ZT, step_ZT, mean_T), near
