@@ -1,11 +1,11 @@
 """What a GPU makes of the training: its arithmetic, how long it waits for each feed, and whether bf16 learns as fp32 does.
 
-python -m benchmarks.gpu --model .mtmd/adworld/models/<version>     # everything, on the GPU
+python -m benchmarks.gpu --model <its folder> --lake <the lake>     # everything, on the GPU
 python -m benchmarks.gpu --only feeds --rows 65536                  # some of it
 
 Needs torch, lightning, numpy, pyarrow and safetensors only, so it runs on a GPU machine without Dagster or DuckDB.
 `curves` trains a stored model's window again; its files are those of the model's manifest, and `--lake` says where they
-lie if they were moved. Prints the device and a table as `benchmarks.bench` does; `--out` also writes the table and the
+lie on this machine. Prints the device and a table as `benchmarks.bench` does; `--out` also writes the table and the
 learning curves as JSON. `--accelerator cpu` runs the same code, for a test.
 """
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figure]:
     parser.add_argument("--only", default=",".join(SUBJECTS), help="subjects with commas between")
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--preset", choices=["small", "half", "paper"], default="paper")
-    parser.add_argument("--rows", default="4096,65536", help="sizes of a batch; feeds and curves take the first")
+    parser.add_argument("--rows", default="4096,65536", help="sizes of a batch; curves take the first")
     parser.add_argument("--steps", type=int, default=60, help="of an epoch of `feeds`")
     parser.add_argument("--model", type=Path, help="the folder of a trained model, for `curves`")
     parser.add_argument("--lake", type=Path, help="the folder that holds joined_examples/, if it was moved")
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Figure]:
         if subject == "step":
             found += step_figures(device, config, rows)
         elif subject == "feeds":
-            found += feed_figures(device, config, rows[0], options.steps)
+            found += [f for size in rows for f in feed_figures(device, config, size, options.steps)]
         elif options.model is None:
             print("curves: no --model, so nothing to train again")
         else:
             curves = learning_curves(device, options.model, options.lake, config, rows[0], options.epochs)
-            found.append(agreement(curves))
+            found += agreement(curves)
     print(table(found))
     if options.out:
         report = {"device": name, "torch": str(torch.__version__), "preset": options.preset}
@@ -131,10 +131,13 @@ def _wait(device: torch.device) -> None:
 
 
 def feed_figures(device: torch.device, config: MTMDConfig, rows: int, steps: int) -> list[Figure]:
-    """Rows a second of `train` with each feed, beside the bare step, and the share of an epoch without a kernel."""
+    """Rows a second of `train` with each feed, beside the bare step, and the share of an epoch without a kernel, which
+    stands beside the bare step's own: what lies between them is waiting for the feed."""
     precision: Literal["bf16-mixed"] = "bf16-mixed"
     schema, found = synthetic.platform(), []
-    bare = rows / _seconds(Step(schema, config, rows, device, precision), device)
+    step = Step(schema, config, rows, device, precision)
+    bare = rows / _seconds(step, device)
+    bare_idle = _idle_share(step, device)
     options = TrainConfig(
         model=config,
         batch_size=rows,
@@ -154,15 +157,53 @@ def feed_figures(device: torch.device, config: MTMDConfig, rows: int, steps: int
             train(schema, files, [], replace(options, **changes), Path(folder) / "model", epochs)
             rate = rows * steps / epochs.seconds[1]
             reference = f"{rate:,.0f} rows/s; the bare step {bare:,.0f}"
-            found.append(Figure.report(f"training, window {name}", rate / bare, "of the bare step", reference))
-            idle = 1 - epochs.busy / epochs.seconds[2] if epochs.busy else math.nan
-            what = f"device idle, window {name}"
+            where = f"window {name}, batches of {rows:,}"
+            found.append(Figure.report(f"training, {where}", rate / bare, "of the bare step", reference))
+            what = f"device idle, {where}"
             found.append(
-                Figure.report(what, idle, "of an epoch", "measured on a GPU only")
-                if math.isnan(idle)
-                else Figure.at_most(what, idle, "of an epoch", "time without a kernel", 0.05)
+                Figure.report(what, math.nan, "of an epoch", "measured on a GPU only")
+                if device.type == "cpu"
+                else Figure.at_most(
+                    what,
+                    1 - epochs.busy / epochs.seconds[2],
+                    "of an epoch",
+                    f"time without a kernel; of bare steps {bare_idle:.3f}",
+                    0.05,
+                )
             )
     return found
+
+
+def _idle_share(work: Any, device: torch.device, times: int = 20) -> float:
+    """Share of the time of a piece of work, done some times over, in which no kernel runs; NaN on a CPU.
+
+    Raises:
+        RuntimeError: see `_busy`.
+    """
+    if device.type == "cpu":
+        return math.nan
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+    profiler.start()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    _wait(device)
+    took = time.perf_counter() - start
+    profiler.stop()
+    return 1 - _busy(profiler) / took
+
+
+def _busy(profiler: profile) -> float:
+    """Seconds in which a kernel ran.
+
+    Raises:
+        RuntimeError: the profiler has seen none, as where it may not read the device's counters.
+    """
+    spans = ((e.time_range.start, e.time_range.end) for e in profiler.events() or () if _is_kernel(e))
+    busy = 1e-6 * sum(stop - start for start, stop in union(spans))
+    if not busy:
+        raise RuntimeError("the profiler has seen no kernel, so idle time cannot be told")
+    return busy
 
 
 class _Epochs:
@@ -183,8 +224,7 @@ class _Epochs:
             self.profiler.start()
         if self.profiler is not None and len(self.seconds) == 3:
             self.profiler.stop()
-            spans = ((e.time_range.start, e.time_range.end) for e in self.profiler.events() if _is_kernel(e))
-            self.busy = 1e-6 * sum(stop - start for start, stop in union(spans))
+            self.busy = _busy(self.profiler)
         self.last = time.perf_counter()
 
 
@@ -209,8 +249,10 @@ def union(spans: Iterator[tuple[float, float]]) -> list[tuple[float, float]]:
 def learning_curves(
     device: torch.device, model: Path, lake: Path | None, config: MTMDConfig, rows: int, epochs: int
 ) -> list[dict[str, Any]]:
-    """Histories of a stored model's window with its optimiser in both precisions, some seeds each."""
+    """Histories of a stored model's window, trained as it was but for size, batch and passes, in both precisions, some
+    seeds each."""
     manifest = load(model).manifest
+    trained = manifest["train_config"]
 
     def moved(file: str) -> Path:
         path = Path(file)
@@ -223,7 +265,8 @@ def learning_curves(
         for precision in precisions:
             options = TrainConfig(
                 model=config,
-                optimiser=OptimiserConfig(**manifest["train_config"]["optimiser"]),
+                optimiser=OptimiserConfig(**trained["optimiser"]),
+                **{name: trained[name] for name in ("slice_balance", "id_dropout", "gradient_clip")},
                 batch_size=rows,
                 max_epochs=epochs,
                 patience=epochs,
@@ -240,21 +283,28 @@ def learning_curves(
     return found
 
 
-def agreement(curves: Sequence[dict[str, Any]]) -> Figure:
-    """How far apart the precisions' mean LogMAEs after the last epoch are, in standard errors of the seeds."""
-    ends = {
-        precision: [c["history"][-1]["validation_logmae"] for c in curves if c["precision"] == precision]
+def agreement(curves: Sequence[dict[str, Any]]) -> list[Figure]:
+    """How far apart the precisions' mean LogMAEs are: after the last epoch, in standard errors of the seeds, and where
+    they are furthest apart, by share."""
+    epochs = range(len(curves[0]["history"]))
+    values = {
+        precision: [
+            [c["history"][n]["validation_logmae"] for c in curves if c["precision"] == precision] for n in epochs
+        ]
         for precision in ("32-true", "bf16-mixed")
     }
-    means = {precision: statistics.mean(values) for precision, values in ends.items()}
-    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in ends.values()))
-    difference = means["bf16-mixed"] - means["32-true"]
-    apart = abs(difference) / error if error else math.nan
-    reference = (
-        f"LogMAE {means['bf16-mixed']:.4f} in bf16, {means['32-true']:.4f} in fp32 ({difference / means['32-true']:+.2%}), "
-        f"{SEEDS} seeds each"
-    )
-    return Figure.at_most("bf16 apart from fp32", apart, "standard errors", reference, 2.0)
+    means = {precision: [statistics.mean(of_seeds) for of_seeds in found] for precision, found in values.items()}
+    shares = [b / a - 1 for a, b in zip(means["32-true"], means["bf16-mixed"], strict=True)]
+    error = math.sqrt(sum(statistics.variance(found[-1]) / len(found[-1]) for found in values.values()))
+    last, full = means["bf16-mixed"][-1], means["32-true"][-1]
+    apart = abs(last - full) / error if error else math.nan
+    reference = f"LogMAE {last:.4f} in bf16, {full:.4f} in fp32 ({shares[-1]:+.2%}), {SEEDS} seeds each"
+    furthest = max(epochs, key=lambda n: abs(shares[n]))
+    where = f"after epoch {furthest + 1} of {len(epochs)}"
+    return [
+        Figure.at_most("bf16 apart from fp32", apart, "standard errors", reference, 2.0),
+        Figure.report("bf16 apart from fp32, at most", 100 * abs(shares[furthest]), "% of LogMAE", where),
+    ]
 
 
 if __name__ == "__main__":

@@ -47,22 +47,30 @@ def test_a_copy_is_no_kernel():
 
 def test_every_feed_is_timed_beside_the_bare_step():
     figures = gpu.feed_figures(CPU, MTMDConfig.preset("small"), rows=64, steps=4)
-    assert [f.name for f in figures[::2]] == [f"training, window {n}" for n in ("resident", "in memory", "streamed")]
+    windows = ("resident", "in memory", "streamed")
+    assert [f.name for f in figures[::2]] == [f"training, window {n}, batches of 64" for n in windows]
     assert all(f.value > 0 for f in figures[::2])
     assert all(math.isnan(f.value) and f.holds is None for f in figures[1::2]), "a CPU has no kernels to watch"
 
 
 def test_precisions_agree_by_the_spread_of_their_seeds():
-    def curves(bf16: list[float]) -> list[dict]:
+    def curves(bf16: list[float], first: float = 0.5) -> list[dict]:
         fp32 = [0.10, 0.11, 0.12]
-        ends = [("32-true", e) for e in fp32] + [("bf16-mixed", e) for e in bf16]
-        return [{"precision": p, "history": [{"validation_logmae": 9}, {"validation_logmae": e}]} for p, e in ends]
+        found = [("32-true", 0.4, e) for e in fp32] + [("bf16-mixed", first, e) for e in bf16]
+        return [{"precision": p, "history": [{"validation_logmae": x} for x in pass_]} for p, *pass_ in found]
 
     # standard error of a mean 0.01 / sqrt(3), of the difference 0.01 * sqrt(2 / 3)
-    same = gpu.agreement(curves([0.12, 0.11, 0.13]))
+    same, furthest = gpu.agreement(curves([0.12, 0.11, 0.13]))
     assert same.value == pytest.approx(0.01 / (0.01 * math.sqrt(2 / 3)))
     assert same.holds
-    assert not gpu.agreement(curves([0.14, 0.13, 0.15])).holds
+    assert furthest.value == pytest.approx(25)
+    assert furthest.reference == "after epoch 1 of 2"
+    assert not gpu.agreement(curves([0.14, 0.13, 0.15]))[0].holds
+
+
+def test_a_profiler_that_sees_no_kernel_says_so():
+    with pytest.raises(RuntimeError, match="has seen no kernel"):
+        gpu._busy(SimpleNamespace(events=lambda: []))
 
 
 def test_a_stored_model_is_trained_again_in_both_precisions(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -73,7 +81,7 @@ def test_a_stored_model_is_trained_again_in_both_precisions(tmp_path: Path, caps
     (tmp_path / "lake").rename(tmp_path / "moved")
     arguments = ["--only", "curves", "--accelerator", "cpu", "--preset", "small", "--rows", "64", "--epochs", "1"]
     places = ["--model", str(tmp_path / "model"), "--lake", str(tmp_path / "moved"), "--out", str(tmp_path / "out")]
-    [figure] = gpu.main([*arguments, *places])
+    [figure, _] = gpu.main([*arguments, *places])
     assert "bf16 apart from fp32" in capsys.readouterr().out
     report = json.loads((tmp_path / "out").read_text())
     assert [(c["precision"], c["seed"]) for c in report["curves"]] == [
