@@ -295,7 +295,7 @@ class Training(Frozen):
     """How often training takes an id of an open-ended feature for an unknown one, against learning users and items by
     heart."""
     calibrate: bool = True
-    """After training, add a constant a task, so that its predictions sum to the scores of the window's last day."""
+    """After training, add constants to the biases, by the sums of predictions and scores of the window's last day."""
     seed: Seed = 0
     block_rows: Integer | None = Field(None, gt=0)
     """Rows held in memory at a time, twice, of a window that is too large for it; null holds them all."""
@@ -349,6 +349,8 @@ class Experiments(Frozen):
 
     days: Integer = Field(3, ge=1, le=100)
     """Evaluation days that are pooled: the last one and those before it."""
+    last_day: Day | None = None
+    """The last of them; if left out, the last of a log that has ended, else the first that leaves so many to score."""
     seeds: Integer = Field(3, ge=1, le=100)
     """Models of each kind and day, with the seeds 0, 1 …"""
     max_epochs: Integer | None = Field(None, gt=0)

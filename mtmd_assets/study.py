@@ -15,15 +15,18 @@ Step = Callable[[str], AbstractContextManager[None]]
 
 
 def evaluation_days(site: Site) -> list[date]:
-    """The days that results are evaluated on: the last of a log that has ended, else the first that a model can score.
+    """The days that results are evaluated on: up to `experiments.last_day`, or the last of a log that has ended, or the
+    first that a model can score.
 
     Raises:
         PlatformError: fewer days than the platform file asks for, or a tuning day among them.
     """
     platform, count = site.platform, site.platform.experiments.days
     first_scored = platform.first_window_end + timedelta(1)
-    last = platform.end or first_scored + timedelta(count - 1)
+    last = platform.experiments.last_day or platform.end or first_scored + timedelta(count - 1)
     days = [last - timedelta(n) for n in reversed(range(count))]
+    if platform.end and last > platform.end:
+        raise PlatformError(f"{platform.name}: experiments.last_day {last} is after the log's end, {platform.end}")
     if days[0] < first_scored:
         raise PlatformError(
             f"{platform.name}: experiments.days is {count}, but a model can score {first_scored} to {last} only"

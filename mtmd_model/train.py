@@ -65,8 +65,7 @@ class TrainConfig:
     patience: int = 3
     """Epochs without a lower validation loss before training stops."""
     calibrate: bool = True
-    """Add a constant to each task's biases, so that its predictions sum to the scores of the validation days
-    (`calibration`)."""
+    """Add constants to the biases, by the sums of predictions and scores of the validation days (`calibration`)."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0 for none."""
     seed: int = 0

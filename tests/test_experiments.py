@@ -406,6 +406,22 @@ def test_every_model_has_equally_many_trials_and_all_differ(preset, passes):
         assert start["max_epochs"] == (passes or (experiments.max_epochs,))[0]
 
 
+def test_the_platform_file_can_name_the_last_evaluation_day(studied):
+    platform = studied.site.platform
+
+    def ending(last: date, end: date | None = None) -> list[date]:
+        experiments = platform.experiments.model_copy(update={"last_day": last})
+        changed = platform.model_copy(update={"experiments": experiments, "end": end})
+        return study.evaluation_days(type(studied.site)(changed, studied.site.folder))
+
+    assert study.evaluation_days(studied.site) == list(DAYS)
+    assert ending(date(2026, 2, 3)) == [date(2026, 2, 2), date(2026, 2, 3)]
+    with pytest.raises(PlatformError, match="can score"):
+        ending(DAYS[0])
+    with pytest.raises(PlatformError, match="2026-02-03 is after the log's end, 2026-02-02"):
+        ending(date(2026, 2, 3), date(2026, 2, 2))
+
+
 def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):
     platform = studied.site.platform
     late = platform.experiments.model_copy(update={"tuning_days": (DAYS[0],)})
