@@ -9,7 +9,7 @@ Shapes: U users, C cells, S seeds, B replicates.
 import numpy as np
 import polars as pl
 
-from mtmd_assets.improvement import CELL, percentile_interval, resample_counts, resampled_sums
+from mtmd_assets.improvement import CELL, percentile_interval, resample_counts, resampled_sums, seed_shares
 
 
 def calibration_table(sums: pl.DataFrame, *, replicates: int = 2000, seed: int = 0) -> pl.DataFrame:
@@ -34,7 +34,7 @@ def calibration_table(sums: pl.DataFrame, *, replicates: int = 2000, seed: int =
 
     rng = np.random.default_rng(seed)
     users_BU = resample_counts(rng, users, replicates)
-    seeds_BS = resample_counts(rng, len(seeds), replicates)
+    shares_BS = seed_shares(rng, len(seeds), replicates, models=1)
     above_C, below_C = np.zeros((2, len(cells)))
     above_BC, below_BC = np.zeros((2, replicates, len(cells)))
     for s, number in enumerate(seeds):
@@ -44,7 +44,7 @@ def calibration_table(sums: pl.DataFrame, *, replicates: int = 2000, seed: int =
             sum_UC = np.bincount(place, sums[column].to_numpy()[here], users * len(cells)).astype(np.float64)
             sum_UC = sum_UC.reshape(users, -1)
             value_C += sum_UC.sum(0)
-            value_BC += seeds_BS[:, [s]] * resampled_sums(users_BU, sum_UC)
+            value_BC += shares_BS[:, [s]] * resampled_sums(users_BU, sum_UC)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_C, ratio_BC = above_C / below_C, above_BC / below_BC
     low_C, high_C = percentile_interval(ratio_BC)

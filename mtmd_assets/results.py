@@ -70,6 +70,7 @@ def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
         "### Against the contenders",
         HOW_TO_READ,
         headline(con, CONTENDERS),
+        *_tasks(con, site),
         "### Every cell",
         _cells(con, site),
         "### Parameters",
@@ -93,8 +94,8 @@ def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date,
 HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
 the pooled rows of the evaluation days, the mean of the seeds. The mean is unweighted over the cells with at least {MIN_ROWS}
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
-simultaneous (max-t) intervals. A bootstrap over a few seeds is coarse: where seeds differ more than users, its intervals
-are too short (`mtmd_assets/improvement.py` has the figures), and days are not resampled."""
+simultaneous (max-t) intervals. Where seeds are few it is corrected for that (`seed_shares` in
+`mtmd_assets/improvement.py`); days are not resampled."""
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
@@ -185,6 +186,32 @@ def headline(con: "DuckDBPyConnection", models: Collection[str]) -> str:
         f"smallest of the cells with {LARGE_ROWS} rows",
     ]
     return markdown_table(header, rows)
+
+
+def _tasks(con: "DuckDBPyConnection", site: Site) -> list[str]:
+    """The mean over each task's cells, where a small cell counts as much as a large one, and beside it over all rows."""
+    means = {
+        (r["contender"], r["task"]): r
+        for r in _rows(con, "surface IS NULL AND task IS NOT NULL AND bucket IS NULL AND improvement IS NOT NULL")
+    }
+    of_rows = dict(
+        con.execute(
+            """SELECT (contender, task), 1 - sum(rows * mtmd) / sum(rows * contender_logmae)
+            FROM improvements WHERE surface IS NOT NULL AND bucket IS NULL GROUP BY contender, task"""
+        ).fetchall()
+    )
+    contenders = [c for c in CONTENDERS if any(contender == c for contender, _ in means)]
+    rows = [
+        [task, *(x for c in contenders for x in (_interval(means[c, task]), f"{of_rows[c, task]:+.1%}"))]
+        for task in site.platform.task_names
+        if all((c, task) in means for c in contenders)
+    ]
+    if not rows:
+        return []
+    words = """By task: the mean over its cells, and *by rows* the improvement of the LogMAE of all its rows together, in which large
+slices count for more (without an interval)."""
+    header = ["task", *(x for c in contenders for x in (f"over {c}", "by rows"))]
+    return [words, markdown_table(header, rows)]
 
 
 def _cells(con: "DuckDBPyConnection", site: Site) -> str:
@@ -336,8 +363,10 @@ def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
     cells = [cell for cell, r in found["mtmd"].items() if r["rows"] >= CALIBRATED_ROWS]
     inside = {m: sum(0.95 <= of[cell]["calibration"] <= 1.05 for cell in cells) for m, of in found.items()}
     counts = ", ".join(f"{n} of {model}" for model, n in inside.items())
+    of_mtmd = [found["mtmd"][cell] for cell in cells]
+    beyond = sum(r["low"] > 1.05 or r["high"] < 0.95 for r in of_mtmd)
     words = f"""Σp̂/Σt in the slices with at least {CALIBRATED_ROWS:,} rows. Of the {len(cells)} cells are within 0.95 to 1.05: {counts}. Intervals
-are 95 %, pointwise, from a bootstrap over users and seeds."""
+are 95 %, pointwise, from a bootstrap over users and seeds; of mtmd's, {beyond or "none"} lie wholly outside."""
     rows = []
     for cell in cells:
         mtmd, *others = (of[cell] for of in found.values())

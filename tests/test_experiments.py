@@ -1,6 +1,7 @@
 """The experiments at a small size: contenders and ablations trained, scored, compared, written down, and searched."""
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -267,6 +268,24 @@ def test_the_weights_of_the_tasks_are_those_trained_with(studied):
     assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
 
 
+def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_cells(studied):
+    from mtmd_assets import results
+
+    with studied.site.warehouse.connect() as con:
+        words, table = results._tasks(con, studied.site)
+    assert "By task" in words
+    errors = """SELECT avg(abs(ln(greatest(probability, 1e-6)) - ln(greatest(score, 1e-6))))
+        FROM experiment_predictions WHERE model = ? AND task = 'gctr'"""
+    mtmd, pooled = (query(studied, errors, model)[0][0] for model in ("mtmd", "pooled_towers"))
+    [line] = [line for line in table.splitlines() if line.startswith("| gctr |")]
+    assert line.split(" | ")[4] == f"{1 - mtmd / pooled:+.1%}"
+    [(mean,)] = query(
+        studied,
+        "SELECT improvement FROM improvements WHERE contender = 'pooled_towers' AND task = 'gctr' AND surface IS NULL AND bucket IS NULL",
+    )
+    assert line.split(" | ")[3].startswith(f"{mean:+.1%} [")
+
+
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
     from mtmd_assets import results
 
@@ -282,6 +301,11 @@ def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(st
     inside = sum(0.95 <= calibration <= 1.05 for *_, calibration in cells)
     assert f"Of the {len(cells)} cells are within 0.95 to 1.05: {inside} of mtmd, " in text
     assert "| mtmd | slice_towers | pooled_towers | mmoe_dcn |" in text
+    intervals = [
+        tuple(map(float, re.findall(r"\[([\d.]+), ([\d.]+)\]", line)[0])) for line in text.splitlines() if "[" in line
+    ]
+    outside = sum(low > 1.05 or high < 0.95 for low, high in intervals)
+    assert f"of mtmd's, {outside or 'none'} lie wholly outside" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
     for (*cell, rows, calibration), line in zip(cells, lines, strict=True):
         assert line.startswith(f"| {' | '.join(cell)} | {rows:,} | {calibration:.3f} [")

@@ -11,8 +11,10 @@ from mtmd_assets.improvement import (
     improvement_table,
     joint_interval,
     mean_over,
+    percentile_interval,
     resample_counts,
     resampled_sums,
+    seed_shares,
     verdict,
 )
 
@@ -114,22 +116,23 @@ def test_does_not_depend_on_the_order_of_rows() -> None:
 
 
 def test_bootstrap_is_the_formula_on_resampled_rows() -> None:
-    """Rows repeated as often as their user is drawn, seeds as often as they are drawn, give the replicate."""
+    """Rows repeated as often as their user is drawn, and seeds by their shares, give the replicate."""
     table = rows(30, cells=2, users=7)
     rng = np.random.default_rng(3)
     errors = rng.exponential(size=(2, 3, len(table)))
     out = improvement_table(*(predictions(table, *e) for e in errors), min_rows=1, replicates=40, seed=5)
 
     same = np.random.default_rng(5)
-    users_BU, mtmd_BS, contender_BS = (resample_counts(same, n, 40) for n in (7, 3, 3))
+    users_BU = resample_counts(same, 7, 40)
+    mtmd_BS, contender_BS = (seed_shares(same, 3, 40, models=2) for _ in range(2))
     for cell in range(2):
         at = slice(30 * cell, 30 * cell + 30)
         values = []
         for users, *seeds in zip(users_BU, mtmd_BS, contender_BS, strict=True):
             repeats = users[table["user_id"][at]]
             m, c = (
-                np.mean(np.repeat([np.repeat(x, repeats).mean() for x in e[:, at]], s))
-                for e, s in zip(errors, seeds, strict=True)
+                shares @ [np.repeat(x, repeats).mean() for x in e[:, at]]
+                for e, shares in zip(errors, seeds, strict=True)
             )
             values.append((c - m) / c)
         row = whole(out, surface=f"s{cell}")
@@ -304,6 +307,27 @@ def test_resampling() -> None:
     assert counts.var(axis=0).mean() == pytest.approx(1 - 1 / 50, abs=0.05)  # of one count of a multinomial
     sums = np.random.default_rng(1).exponential(size=(50, 3))
     assert resampled_sums(counts, sums) == pytest.approx(counts @ sums, rel=1e-5)
+
+
+def test_shares_of_seeds() -> None:
+    shares_BS = seed_shares(np.random.default_rng(0), 3, 20_000, models=2)
+    assert shares_BS.sum(axis=1) == pytest.approx(1)
+    assert shares_BS.mean(axis=0) == pytest.approx(1 / 3, abs=0.01)
+    # of a mean of three values: the unbiased variance over three, stretched to Student's t of 4 degrees of freedom
+    x = np.array([0.0, 1.0, 5.0])
+    assert (shares_BS @ x).std() == pytest.approx(2.776 / 1.960 * np.sqrt(x.var(ddof=1) / 3), rel=0.02)
+    assert (seed_shares(np.random.default_rng(0), 1, 4, models=2) == 1).all()
+
+
+def test_coverage_where_only_seeds_differ() -> None:
+    """Few seeds of two models, nothing else random: 95 % intervals of their difference contain it as often."""
+    rng = np.random.default_rng(0)
+    sets, inside = 1_000, 0
+    for _ in range(sets):
+        mtmd, contender = (seed_shares(rng, 3, 400, models=2) @ rng.normal(size=3) for _ in range(2))
+        low, high = percentile_interval(contender - mtmd)
+        inside += int(low < 0 < high)
+    assert 0.93 <= inside / sets <= 0.96
 
 
 def test_verdict() -> None:
