@@ -34,6 +34,15 @@ class Change:
     sample_rate: float = 1.0
     """Share of the training rows."""
 
+    def on(self, settings: Mapping[str, Any]) -> "Change":
+        """The same change of something that has these settings, in the platform file's words, already."""
+        of_model = {k: v for k, v in settings.items() if k in OF_MODEL}
+        others = {k: v for k, v in settings.items() if k not in OF_MODEL}
+        return replace(self, model={**of_model, **self.model}, training={**others, **self.training})
+
+
+OF_MODEL = ("experts",)
+"""Settings that are fields of the architecture's configuration."""
 
 ALL_EXPERTS = ("deep", "task_shared", "domain_shared", "shallow")
 
@@ -72,13 +81,11 @@ def change_of(platform: Platform, model: str) -> Change:
     experiments = platform.experiments
     if model in CONTENDERS:
         named = {str(name): settings for name, settings in experiments.contenders.items()}
-        settings = named.get(model, Contender()).model_dump(exclude_none=True)
-        of_model = {k: settings.pop(k) for k in ("experts",) if k in settings}
-        change = Change(model, of_model)
+        settings, change = named.get(model, Contender()).model_dump(exclude_none=True), Change(model)
     else:
         settings, change = experiments.mtmd.model_dump(exclude_none=True), ABLATIONS.get(model, Change())
     passes = {} if experiments.max_epochs is None else {"max_epochs": experiments.max_epochs}
-    return replace(change, training={**passes, **settings, **change.training})
+    return change.on({**passes, **settings})
 
 
 def train_config(platform: Platform, change: Change | None = None, seed: int | None = None) -> "TrainConfig":

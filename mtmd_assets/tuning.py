@@ -46,12 +46,13 @@ START: Mapping[str, Any] = {
     "slice_balance": 0.5,
     "id_dropout": 0.0,
 }
-"""Where every search starts; the batch, the passes and the size are the platform file's."""
+"""Where every search starts; the batch, the passes and the size are the platform file's for its experiments."""
 PRESETS = ("small", "half", "paper")
 LARGER = ("pooled_towers", "mmoe_dcn")
 """Models that start one preset larger: without an expert a domain they have a fraction of MTMD's parameters."""
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "start": {},
+    "learning rate 3e-3": {"learning_rate": 3e-3},
     "learning rate 4e-3": {"learning_rate": 4e-3},
     "warm-up 0.15": {"warmup_share": 0.15},
     "gradient clip 0.2": {"gradient_clip": 0.2},
@@ -67,7 +68,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 
 def start(platform: Platform, model: str) -> dict[str, Any]:
     """The settings that a model's search starts from."""
-    place = PRESETS.index(platform.training.preset)
+    place = PRESETS.index(platform.experiments.mtmd.preset or platform.training.preset)
     preset = PRESETS[min(place + (model in LARGER), len(PRESETS) - 1)]
     return {**START, "preset": preset, "max_epochs": _passes(platform)[0]}
 
@@ -81,14 +82,17 @@ def _passes(platform: Platform) -> tuple[int, ...]:
 def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     """The first round: what each trial changes of the start, by name; all models have equally many.
 
-    Every model is tried with the passes that the platform file names and in two more sizes. MTMD, whose largest size
-    costs most of all, is tried in one more, and with another deviation instead.
+    Every model is tried with the passes that the platform file names and in two more sizes; MTMD and MMOE-DCN in one more,
+    and with another deviation or twice the experts instead.
     """
     changes = {**SHARED, **{f"{passes} passes": {"max_epochs": passes} for passes in _passes(platform)[1:]}}
     sizes = [p for p in PRESETS if p != start(platform, model)["preset"]]
     if model == "mtmd":
         sizes = sizes[:1]
         changes["deviation 0.3"] = {"deviation": 0.3}
+    elif model == "mmoe_dcn":
+        sizes = sizes[-1:]
+        changes["8 experts"] = {"experts": 8}
     return changes | {f"preset {size}": {"preset": size} for size in sizes}
 
 
@@ -141,8 +145,7 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
     def trial(model: str, name: str, day: date, seed: int) -> _Trial:
         if name == OWN:
             return _Trial(model, name, day, seed, change_of(platform, model))
-        change = Change(model, training={**start(platform, model), **changes[model][name]})
-        return _Trial(model, name, day, seed, change)
+        return _Trial(model, name, day, seed, Change(model).on({**start(platform, model), **changes[model][name]}))
 
     run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
     second = {model: joined(changes[model], ranked(model)) for model in models}

@@ -417,17 +417,16 @@ def test_changes_of_one_setting_are_not_joined():
 @pytest.mark.parametrize("preset", tuning.PRESETS)
 def test_every_model_has_equally_many_trials_and_all_differ(preset, passes):
     adworld = shipped_platform("adworld")
-    training = adworld.training.model_copy(update={"preset": preset})
-    experiments = adworld.experiments.model_copy(update={"tuned_epochs": passes})
-    platform = adworld.model_copy(update={"training": training, "experiments": experiments})
+    mtmd = adworld.experiments.mtmd.model_copy(update={"preset": preset})
+    experiments = adworld.experiments.model_copy(update={"tuned_epochs": passes, "mtmd": mtmd})
+    platform = adworld.model_copy(update={"experiments": experiments})
     for model in ("mtmd", *CONTENDERS):
         changes = tuning.singles(platform, model)
         start = tuning.start(platform, model)
-        configs = {
-            str(contenders.train_config(platform, Change(model, training={**start, **c}))) for c in changes.values()
-        }
-        assert len(configs) == len(changes) == 12 + len(passes[1:])
+        configs = {str(contenders.train_config(platform, Change(model).on({**start, **c}))) for c in changes.values()}
+        assert len(configs) == len(changes) == 13 + len(passes[1:])
         assert start["max_epochs"] == (passes or (experiments.max_epochs,))[0]
+    assert tuning.start(platform, "mtmd")["preset"] == preset
 
 
 def test_the_platform_file_can_name_the_last_evaluation_day(studied):
