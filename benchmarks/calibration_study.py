@@ -95,7 +95,10 @@ def sums(site: Site, job: TrainJob, days: list[date]) -> pl.DataFrame:
             rows=pl.len(),
             scored=pl.col("t").sum(),
             log_ratio=-scale.log(),
-            variance=((pl.col("p") * scale - pl.col("t")) ** 2).sum() / pl.col("t").sum() ** 2,
+            variance=((pl.col("p") * scale - pl.col("t")) ** 2).sum()
+            / pl.col("t").sum() ** 2
+            * pl.len()
+            / (pl.len() - 1),
         )
         .sort("task", "surface", "product")
     )

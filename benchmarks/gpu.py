@@ -249,8 +249,8 @@ def union(spans: Iterator[tuple[float, float]]) -> list[tuple[float, float]]:
 def learning_curves(
     device: torch.device, model: Path, lake: Path | None, config: MTMDConfig, rows: int, epochs: int
 ) -> list[dict[str, Any]]:
-    """Histories of a stored model's window, trained as it was but for size, batch and passes, in both precisions, some
-    seeds each."""
+    """Histories of a stored model's window in both precisions, some seeds each, with its optimiser, clip, balance of slices
+    and id dropout."""
     manifest = load(model).manifest
     trained = manifest["train_config"]
 

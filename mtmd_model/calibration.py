@@ -5,7 +5,7 @@ and more in a small slice, which it knows by heart; how much differs from run to
 show it, but the sums of one slice on one day stray by themselves. Therefore a random-effects model, as in a meta-analysis
 (DerSimonian and Laird, 1986): the logarithms of a task's ratios, one a slice, lie around the task's own, stray from day to
 day, and are observed with the variance of their rows. What is taken off is what a slice's is then expected to be on
-another day: of a large slice half way between its own and its task's, of a small one nearly its task's
+another day: of a large slice half way between its own and its task's or nearer to its own, of a small one nearly its task's
 (docs/experiments.md says what else was tried).
 
 Shapes: B rows, T tasks, Z slices (S surfaces x P products).
@@ -25,7 +25,7 @@ from mtmd_model.two_tower import TwoTower, dot_products
 SPREAD, DAY = 0.04, 0.04
 """Standard deviations of ln(sum of predictions / sum of scores): between the slices of a task, at least, and of a slice
 between days, however many rows it has."""
-NEAR, SHORT = 0.03, 0.1
+NEAR, SHORT = 0.02, 0.1
 """A logarithm of a ratio of sums, and a step in logits, from which Newton's ends nearer than 0.001 without looking: what
 it leaves is about the half of their product."""
 PASSES = 10
@@ -47,7 +47,8 @@ def calibrate(model: TwoTower, batches: Callable[[], Iterable[Batch]]) -> Tensor
     sums = _Sums.of(model, batches())
     before_T = sums.predicted_ZT.sum(0) / sums.scored_ZT.sum(0)
     log_ratio_ZT = sums.log_ratio_ZT
-    goal_ZT = log_ratio_ZT - expected(log_ratio_ZT, sums.variance_ZT)
+    # a task of which no slice has two rows is left as it is
+    goal_ZT = log_ratio_ZT - expected(log_ratio_ZT, sums.variance_ZT).nan_to_num()
     for n in range(PASSES):
         sums = _Sums.of(model, batches()) if n else sums
         step_ZT, near = sums.step_ZT(goal_ZT)
@@ -62,7 +63,7 @@ def expected(log_ratio_ZT: Tensor, variance_ZT: Tensor) -> Tensor:
 
     Args:
         log_ratio_ZT: as seen; NaN where nothing was.
-        variance_ZT: of what was seen, for the rows that it was seen in.
+        variance_ZT: of what was seen, for the rows that it was seen in; infinite where one row cannot tell.
 
     Returns:
         Between the slice's own and the task's, which is the mean of all by their precision; the task's where nothing was
@@ -92,6 +93,8 @@ class _Sums:
     predicted_ZT: Tensor
     """Of P(task | impression)."""
     scored_ZT: Tensor
+    weights_2ZT: Tensor
+    """Of weights, and of their squares."""
     squares_3ZT: Tensor
     """Of squares of predictions, of predictions times scores, of squares of scores; each by the square of the weight."""
     slope_ZTT: Tensor
@@ -104,6 +107,7 @@ class _Sums:
         chain_TT = chains(model.schema.tasks, model.constrained).to(model.bias.logits_TSP.device)
         predicted_ZT = chain_TT.new_zeros(surfaces * products, tasks)
         scored_ZT = torch.zeros_like(predicted_ZT)
+        weights_2ZT = predicted_ZT.new_zeros(2, *predicted_ZT.shape)
         squares_3ZT = predicted_ZT.new_zeros(3, *predicted_ZT.shape)
         slope_ZTT = predicted_ZT.new_zeros(*predicted_ZT.shape, tasks)
         for batch in batches:
@@ -115,9 +119,10 @@ class _Sums:
             wp_BT, ws_BT = weight_BT * p_BT, weight_BT * batch.labels.double().nan_to_num()
             predicted_ZT += slice_BZ.T @ wp_BT
             scored_ZT += slice_BZ.T @ ws_BT
+            weights_2ZT += slice_BZ.T @ torch.stack([weight_BT, weight_BT**2])
             squares_3ZT += slice_BZ.T @ torch.stack([wp_BT**2, wp_BT * ws_BT, ws_BT**2])
             slope_ZTT += torch.einsum("bz,bt,ba->zta", slice_BZ, wp_BT, torch.sigmoid(-z_BT))
-        return cls(predicted_ZT, scored_ZT, squares_3ZT, slope_ZTT * chain_TT)
+        return cls(predicted_ZT, scored_ZT, weights_2ZT, squares_3ZT, slope_ZTT * chain_TT)
 
     @property
     def log_ratio_ZT(self) -> Tensor:
@@ -127,10 +132,14 @@ class _Sums:
 
     @property
     def variance_ZT(self) -> Tensor:
-        """(Z, T) of `log_ratio_ZT`, if rows are independent: sum of (scaled prediction - score)^2 / scored^2."""
+        """(Z, T) of `log_ratio_ZT`, if rows are independent: sum of (scaled prediction - score)^2 / scored^2, times
+        n / (n - 1) for n rows of equal weight, as the scale is from the same rows; infinite for one row."""
         scale_ZT = self.scored_ZT / self.predicted_ZT
         predicted_ZT, both_ZT, scored_ZT = self.squares_3ZT
-        return (scale_ZT**2 * predicted_ZT - 2 * scale_ZT * both_ZT + scored_ZT) / self.scored_ZT**2
+        squares_ZT = (scale_ZT**2 * predicted_ZT - 2 * scale_ZT * both_ZT + scored_ZT).clamp_min(0)
+        rows_ZT = self.weights_2ZT[0] ** 2 / self.weights_2ZT[1]
+        alone = rows_ZT < 1 + 1e-9
+        return torch.where(alone, torch.inf, squares_ZT / self.scored_ZT**2 * rows_ZT / (rows_ZT - 1))
 
     def step_ZT(self, goal_ZT: Tensor) -> tuple[Tensor, bool]:
         """(Z, T) Newton's step towards these logarithms of the ratios, which are nearly straight lines, at most 1 logit;

@@ -57,7 +57,8 @@ def cells(model: MTMD, rows: Batch) -> dict[tuple[int, int, int], tuple[float, f
             weight = rows.weight[here].double()
             predicted, scored = weight * p_BT[here, t], weight * rows.labels[here, t].double()
             ratio = float(predicted.sum() / scored.sum())
-            variance = float(((predicted / ratio - scored) ** 2).sum() / scored.sum() ** 2)
+            rows_ = float(weight.sum() ** 2 / (weight**2).sum())
+            variance = float(((predicted / ratio - scored) ** 2).sum() / scored.sum() ** 2) * rows_ / (rows_ - 1)
             found[int(t), int(s), int(p)] = np.log(ratio), variance
     return found
 
@@ -104,6 +105,29 @@ def test_slices_that_lie_far_apart_are_taken_at_their_word():
 def test_one_slice_is_its_task_and_nothing_seen_is_nothing():
     torch.testing.assert_close(expected(column(torch.nan, 0.3), column(0.1, 0.1)), column(0.3, 0.3))
     assert expected(column(torch.nan, torch.nan), column(0.1, 0.1)).isnan().all()
+
+
+def test_a_slice_of_one_row_goes_with_its_task(encoder: Encoder):
+    model, rows = model_of(encoder), encoder.encode(examples(2000, 1))
+    here = (rows.query.domain == 0) & (rows.item.domain == 0)
+    first = here & (here.cumsum(0) == 1)
+    labels_BT = torch.where((here & ~first)[:, None], torch.nan, rows.labels)
+    other_BT = torch.where(first[:, None], (3 * rows.labels).clamp_max(0.9), labels_BT)
+    shifts = []
+    for labels in (labels_BT, other_BT):
+        model = model_of(encoder)
+        old_TSP = model.bias.logits_TSP.detach().clone()
+        calibrate(model, lambda labels=labels: [replace(rows, labels=labels)])
+        shifts.append((model.bias.logits_TSP - old_TSP)[0].flatten())
+    # what its one row says moves nothing
+    torch.testing.assert_close(shifts[0], shifts[1], atol=2e-3, rtol=0)
+
+
+def test_where_no_slice_has_two_rows_nothing_moves(encoder: Encoder):
+    model, rows = model_of(encoder), encoder.encode(examples(1, 1))
+    old_TSP = model.bias.logits_TSP.detach().clone()
+    calibrate(model, lambda: [rows])
+    torch.testing.assert_close(model.bias.logits_TSP, old_TSP, atol=1e-6, rtol=0)
 
 
 def test_a_slice_without_rows_goes_with_its_task(encoder: Encoder):
