@@ -108,19 +108,20 @@ def test_one_slice_is_its_task_and_nothing_seen_is_nothing():
 
 
 def test_a_slice_of_one_row_goes_with_its_task(encoder: Encoder):
-    model, rows = model_of(encoder), encoder.encode(examples(2000, 1))
+    rows = encoder.encode(examples(2000, 1))
     here = (rows.query.domain == 0) & (rows.item.domain == 0)
     first = here & (here.cumsum(0) == 1)
     labels_BT = torch.where((here & ~first)[:, None], torch.nan, rows.labels)
     other_BT = torch.where(first[:, None], (3 * rows.labels).clamp_max(0.9), labels_BT)
-    shifts = []
-    for labels in (labels_BT, other_BT):
+
+    def shift_Z(labels: torch.Tensor) -> torch.Tensor:
         model = model_of(encoder)
         old_TSP = model.bias.logits_TSP.detach().clone()
-        calibrate(model, lambda labels=labels: [replace(rows, labels=labels)])
-        shifts.append((model.bias.logits_TSP - old_TSP)[0].flatten())
+        calibrate(model, lambda: [replace(rows, labels=labels)])
+        return (model.bias.logits_TSP - old_TSP)[0].flatten()
+
     # what its one row says moves nothing
-    torch.testing.assert_close(shifts[0], shifts[1], atol=2e-3, rtol=0)
+    torch.testing.assert_close(shift_Z(labels_BT), shift_Z(other_BT), atol=2e-3, rtol=0)
 
 
 def test_where_no_slice_has_two_rows_nothing_moves(encoder: Encoder):
