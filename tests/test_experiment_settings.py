@@ -1,0 +1,112 @@
+"""What an experiment trains each model with: the platform file's settings, an ablation's change, the search's trials."""
+
+from dataclasses import replace
+
+import pytest
+
+from mtmd_assets import tuning
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change_of, train_config
+from mtmd_assets.platform import shipped_platform
+from mtmd_assets.platform_parts import Contender, OwnMTMD
+from mtmd_model.config import MTMDConfig
+from mtmd_model.plain import PlainConfig
+
+
+def test_changes_of_one_setting_are_not_joined():
+    changes = {"start": {}, "a": {"x": 1}, "b": {"x": 2}, "c": {"y": 1}, "d": {"z": 1}, "e": {"w": 1}}
+    found = tuning.joined(changes, ["b", "start", "a", "d", "c", "e"])
+    assert found == {
+        "b + d": {"x": 2, "z": 1},
+        "b + d + c": {"x": 2, "z": 1, "y": 1},
+        "b + d + c + e": {"x": 2, "z": 1, "y": 1, "w": 1},
+    }
+
+
+@pytest.mark.parametrize("passes", [(), (5, 8)])
+@pytest.mark.parametrize("preset", tuning.PRESETS)
+def test_every_model_has_equally_many_trials_and_all_differ(preset, passes):
+    adworld = shipped_platform("adworld")
+    mtmd = adworld.experiments.mtmd.model_copy(update={"preset": preset})
+    experiments = adworld.experiments.model_copy(update={"tuned_epochs": passes, "mtmd": mtmd})
+    platform = adworld.model_copy(update={"experiments": experiments})
+    for model in ("mtmd", *CONTENDERS):
+        changes = tuning.singles(platform, model)
+        start = tuning.start(platform, model)
+        configs = {str(train_config(platform, Change(model).on({**start, **c}))) for c in changes.values()}
+        assert len(configs) == len(changes) == 13 + len(passes[1:])
+        assert start["max_epochs"] == (passes or (experiments.max_epochs,))[0]
+    assert tuning.start(platform, "mtmd")["preset"] == preset
+
+
+def test_experiments_may_make_other_passes_than_the_daily_model():
+    adworld = shipped_platform("adworld")
+    contender = Contender(max_epochs=7)
+    for passes, expected in ((None, adworld.training.max_epochs), (5, 5)):
+        changed = {"max_epochs": passes, "contenders": {"mmoe_dcn": contender}}
+        platform = adworld.model_copy(update={"experiments": adworld.experiments.model_copy(update=changed)})
+        found = {model: train_config(platform, change_of(platform, model)).max_epochs for model in MODELS}
+        assert found.pop("mmoe_dcn") == 7
+        assert set(found.values()) == {expected}
+        assert train_config(platform).max_epochs == adworld.training.max_epochs
+
+
+def test_a_contender_may_have_another_warm_up_and_clip():
+    adworld = shipped_platform("adworld")
+    changed = {"contenders": {"mmoe_dcn": Contender(warmup_share=0.3, gradient_clip=0.4)}}
+    platform = adworld.model_copy(
+        update={
+            "training": adworld.training.model_copy(update={"warmup_share": 0.2, "gradient_clip": 0.5}),
+            "experiments": adworld.experiments.model_copy(update=changed),
+        }
+    )
+    configs = {m: train_config(platform, change_of(platform, m)) for m in MODELS}
+    found = {m: (config.optimiser.warmup_share, config.gradient_clip) for m, config in configs.items()}
+    assert found.pop("mmoe_dcn") == (0.3, 0.4)
+    assert set(found.values()) == {(0.2, 0.5)}
+
+
+def test_experiments_may_have_a_larger_mtmd_than_the_daily_model():
+    adworld = shipped_platform("adworld")
+    training = adworld.training.model_copy(update={"preset": "small", "deviation": 0.1})
+    own = OwnMTMD(preset="half", learning_rate=0.007, max_epochs=9, deviation=0.4)
+    larger = adworld.experiments.model_copy(update={"max_epochs": 5, "mtmd": own, "contenders": {}})
+    platform = adworld.model_copy(update={"training": training, "experiments": larger})
+
+    daily, here, without, pooled = (
+        train_config(platform, change and change_of(platform, change))
+        for change in (None, "mtmd", "unpooled", "pooled_towers")
+    )
+    small, half = (MTMDConfig.preset(name) for name in ("small", "half"))
+    assert (daily.model, daily.max_epochs) == (small, training.max_epochs)
+    assert (here.model, here.max_epochs) == (half, 9)
+    assert (here.optimiser.learning_rate, here.optimiser.deviation) == (0.007, 0.4)
+    assert without == replace(here, optimiser=replace(here.optimiser, deviation=None))
+    assert (pooled.model, pooled.max_epochs) == (PlainConfig.preset("small"), 5)
+    assert pooled.optimiser == daily.optimiser
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_one_thing_that_it_is_named_after(name):
+    platform = shipped_platform("adworld")
+    whole = train_config(platform, change_of(platform, "mtmd"), 0).to_dict()
+    without = train_config(platform, change_of(platform, name), 0).to_dict()
+    flat = {
+        f"{a}.{b}" if isinstance(v, dict) else a: w
+        for a, v in whole.items()
+        for b, w in (v.items() if isinstance(v, dict) else [("", v)])
+    }
+    changed = {
+        f"{a}.{b}" if isinstance(v, dict) else a: w
+        for a, v in without.items()
+        for b, w in (v.items() if isinstance(v, dict) else [("", v)])
+    }
+    different = {k for k in flat if flat[k] != changed[k]}
+    expected = 2 if name == "no_domain_adaptation" else 1
+    assert len(different) == expected, different
+
+
+def test_models_are_known_by_one_name():
+    assert len(set(MODELS)) == len(MODELS)
+    with pytest.raises(ValueError, match="must be one of"):
+        change_of(None, "transformer")
+    assert CONTENDERS == ("slice_towers", "pooled_towers", "mmoe_dcn")
