@@ -53,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name).add_argument("--platform", default=ALWAYS)
     for name in ("demo", "results", "tune"):
         commands.choices[name].add_argument("--data", help="the folder of the platform's logs, where it needs one")
-    for name in ("results", "tune"):
+    for name, models in (("results", "contenders"), ("tune", "mtmd,contenders")):
         commands.choices[name].add_argument(
-            "--models", default="contenders", help="comma-separated; also all, contenders, ablations"
+            "--models",
+            default=models,
+            help="comma-separated; also all, contenders, ablations; %(default)s unless given",
         )
     commands.choices["results"].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
     for bound in ("first", "last"):

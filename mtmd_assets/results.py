@@ -103,8 +103,8 @@ both were trained with as many seeds; *better* and *worse* count them by simulta
 without it whose loss did (`checks/training.py`). Widths are divided by what
 the preset divides all of its widths by; half of the rows are half of the steps too."""
 
-SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trainings for each model; the best
-three of each on every tuning day with two seeds, the others once, on the last. What was chosen after it, and what it
+SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trainings for each model; what
+the platform file said and the best two others on every tuning day with two seeds, the rest once, on the last. What was chosen after it, and what it
 leaves out: [experiments.md](experiments.md)."""
 
 

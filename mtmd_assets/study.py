@@ -48,7 +48,7 @@ def chosen(names: str) -> list[str]:
     unknown = [m for m in found if m not in MODELS]
     if unknown:
         raise PlatformError(f"--models: {unknown[0]!r} is none of {', '.join([*groups, *MODELS])}")
-    return list(dict.fromkeys(["mtmd", *found]))
+    return list(dict.fromkeys(found))
 
 
 def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:

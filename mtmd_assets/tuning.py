@@ -1,11 +1,11 @@
 """The search behind the settings of MTMD and its contenders: the same number of trainings for each.
 
-Single changes first, each of one setting of the start, on the last tuning day; then the best of them joined, and what the
-platform file says. The best of all are trained for every tuning day with two seeds, and the best mean is what to take.
-A trial trains on the days before a tuning day, stops on that day and is judged on it, as the last day of a window decides
-when to stop; the tuning days lie before every evaluation day. What is chosen goes into the platform file by hand: MTMD's
-into `training`, or into `experiments.mtmd` if the daily model is to be a cheaper one, a contender's into
-`experiments.contenders`.
+It starts from what the platform file says of a model. Single changes first, each of one setting, on the last tuning day;
+then the best of them joined. The start and the best two are trained for every tuning day with two seeds, and the best mean
+is what to take. A trial trains on the days before a tuning day, stops on that day and is judged on it, as the last day of a
+window decides when to stop; the tuning days lie before every evaluation day. What is chosen goes into the platform file by
+hand, MTMD's into `training`, or into `experiments.mtmd` if the daily model is to be a cheaper one, a contender's into
+`experiments.contenders`; the next search starts there, until one finds nothing better.
 """
 
 import json
@@ -30,70 +30,64 @@ JUDGED_ROWS = 67
 JOINED = 5
 """Single changes that are joined at most: the best two, the best three …"""
 FINALISTS = 3
-"""Trials of a model that go on to the other tuning days and to `SEEDS`."""
+"""Trials of a model that go on to the other tuning days and to `SEEDS`: the start, and the best others."""
 SEEDS = (0, 1)
-OWN = "platform file"
-"""The trial of the settings that the platform file has now."""
+START = "platform file"
+"""The trial of the settings that a model has now."""
 
-START: Mapping[str, Any] = {
-    "learning_rate": 2e-3,
-    "warmup_share": 0.05,
-    "gradient_clip": 1.0,
-    "embedding_rate": 1.0,
-    "weight_decay": 0.01,
-    "dropout": 0.0,
-    "deviation": 0.1,
-    "slice_balance": 0.5,
-    "id_dropout": 0.0,
-}
-"""Where every search starts; the batch, the passes and the size are the platform file's for its experiments."""
 PRESETS = ("small", "half", "paper")
-LARGER = ("pooled_towers", "mmoe_dcn")
-"""Models that start one preset larger: without an expert a domain they have a fraction of MTMD's parameters."""
-SHARED: Mapping[str, Mapping[str, Any]] = {
-    "start": {},
-    "learning rate 3e-3": {"learning_rate": 3e-3},
-    "learning rate 4e-3": {"learning_rate": 4e-3},
-    "warm-up 0.15": {"warmup_share": 0.15},
-    "gradient clip 0.2": {"gradient_clip": 0.2},
-    "embedding rate 10": {"embedding_rate": 10.0},
-    "weight decay 0.1": {"weight_decay": 0.1},
-    "weight decay 0.3": {"weight_decay": 0.3},
-    "slice balance 0": {"slice_balance": 0.0},
-    "slice balance 0.2": {"slice_balance": 0.2},
-    "id dropout 0.3": {"id_dropout": 0.3},
+TRIED: Mapping[str, tuple[float, ...]] = {
+    "warmup_share": (0.05, 0.15),
+    "gradient_clip": (0.2, 1.0),
+    "slice_balance": (0.0, 0.2, 0.5),
+    "id_dropout": (0.0, 0.3),
 }
-"""Trials of every model, by what they change; more are in `singles`."""
+"""Values of a setting; those that are not the start's are tried, and of a start that is none of them all but the last."""
+FACTORS: Mapping[str, tuple[float, ...]] = {
+    "learning_rate": (2 / 3, 3 / 2),
+    "embedding_rate": (1 / 3, 3),
+    "weight_decay": (1 / 3, 3),
+}
+"""What a setting of the start is multiplied by."""
+NOT_ZERO = 0.03
+"""Multiplied instead of zero."""
 
 
 def start(platform: Platform, model: str) -> dict[str, Any]:
-    """The settings that a model's search starts from."""
-    place = PRESETS.index(platform.experiments.mtmd.preset or platform.training.preset)
-    preset = PRESETS[min(place + (model in LARGER), len(PRESETS) - 1)]
-    return {**START, "preset": preset, "max_epochs": _passes(platform)[0]}
-
-
-def _passes(platform: Platform) -> tuple[int, ...]:
-    """What the search tries, beginning with the first."""
-    experiments = platform.experiments
-    return experiments.tuned_epochs or (experiments.max_epochs or platform.training.max_epochs,)
+    """The settings that a model's search starts from: what the platform file has for it in experiments."""
+    change = change_of(platform, model)
+    return {**platform.training.model_dump(), **change.training, **change.model}
 
 
 def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     """The first round: what each trial changes of the start, by name; all models have equally many.
 
-    Every model is tried with the passes that the platform file names and in two more sizes; MTMD and MMOE-DCN in one more,
-    and with another deviation or twice the experts instead.
+    Every model is tried with the other passes of `experiments.tuned_epochs` and in two more sizes; MTMD and MMOE-DCN in one
+    more, and with another deviation or twice the experts instead.
     """
-    changes = {**SHARED, **{f"{passes} passes": {"max_epochs": passes} for passes in _passes(platform)[1:]}}
-    sizes = [p for p in PRESETS if p != start(platform, model)["preset"]]
+    from mtmd_model.mmoe_dcn import MMOEConfig
+
+    now = start(platform, model)
+    values: dict[str, list[Any]] = {
+        name: [_round((now[name] or NOT_ZERO) * by) for by in factors] for name, factors in FACTORS.items()
+    }
+    for name, tried in TRIED.items():
+        values[name] = [v for v in tried if v != now[name]][: len(tried) - 1]
+    values["max_epochs"] = [n for n in platform.experiments.tuned_epochs if n != now["max_epochs"]]
+    sizes = [p for p in PRESETS if p != now["preset"]]
     if model == "mtmd":
         sizes = sizes[:1]
-        changes["deviation 0.3"] = {"deviation": 0.3}
+        values["deviation"] = [_round((now["deviation"] or NOT_ZERO) * 3)]
     elif model == "mmoe_dcn":
         sizes = sizes[-1:]
-        changes["8 experts"] = {"experts": 8}
-    return changes | {f"preset {size}": {"preset": size} for size in sizes}
+        values["experts"] = [2 * now.get("experts", MMOEConfig().experts)]
+    values["preset"] = sizes
+    return {START: {}, **{f"{name} {v}": {name: v} for name, tried in values.items() for v in tried}}
+
+
+def _round(value: float) -> float:
+    """To two digits."""
+    return float(f"{value:.2g}")
 
 
 def joined(changes: Mapping[str, Mapping[str, Any]], ranked: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -143,18 +137,20 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
         return [r["trial"] for r in sorted(rows, key=lambda r: r["logmae"]) if r["model"] == model]
 
     def trial(model: str, name: str, day: date, seed: int) -> _Trial:
-        if name == OWN:
-            return _Trial(model, name, day, seed, change_of(platform, model))
         return _Trial(model, name, day, seed, Change(model).on({**start(platform, model), **changes[model][name]}))
 
     run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
     second = {model: joined(changes[model], ranked(model)) for model in models}
     changes = {model: {**changes[model], **second[model]} for model in models}
-    run([trial(model, name, last, SEEDS[0]) for model in models for name in [*second[model], OWN]])
-    finalists = [(model, name) for model in models for name in ranked(model)[:FINALISTS]]
+    run([trial(model, name, last, SEEDS[0]) for model in models for name in second[model]])
+    finalists = [(model, name) for model in models for name in _finalists(ranked(model))]
     again = [(day, seed) for day in (last, *others) for seed in SEEDS if (day, seed) != (last, SEEDS[0])]
     run([trial(model, name, day, seed) for day, seed in again for model, name in finalists])
     return pl.DataFrame(rows)
+
+
+def _finalists(ranked: Sequence[str]) -> list[str]:
+    return [START, *[name for name in ranked if name != START][: FINALISTS - 1]]
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,25 @@ class RankerModule(L.LightningModule):
         self.train_sum.zero_()
         return entry
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient by its norm; that of each separate part (`TwoTower.separate_parts`) by its own."""
+        if gradient_clip_val is not None:
+            for parameters in self._clipped_together():
+                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def _clipped_together(self) -> list[list[torch.nn.Parameter]]:
+        """Each part's parameters, and the rest."""
+        prefixes = tuple(self.model.separate_parts())
+        of_part: dict[str, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            of_part.setdefault(next((p for p in prefixes if name.startswith(p)), ""), []).append(parameter)
+        return list(of_part.values())
+
     def configure_optimizers(self) -> Any:
         """AdamW, with the learning rate set at every step."""
         tables, matrices = self.model.embedding_tables(), self.model.matrices()

@@ -370,29 +370,28 @@ def test_mtmd_alone_has_nothing_to_be_compared_with(studied):
 def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_and_seed(studied, capsys):
     with pytest.MonkeyPatch.context() as patch:
         small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
-        changes = {"start": {}, "dropout": {"dropout": 0.5}, "rate": {"learning_rate": 1e-4}}
+        changes = {tuning.START: {}, "dropout": {"dropout": 0.5}, "rate": {"learning_rate": 1e-4}}
         patch.setattr(tuning, "start", lambda platform, model: small)
         patch.setattr(tuning, "singles", lambda platform, model: changes)
-        patch.setattr(tuning, "FINALISTS", 1)
+        patch.setattr(tuning, "FINALISTS", 2)
         patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
         assert study.tune(studied.site, ["mtmd", "pooled_towers"], studied.run_step, quiet) == 0
     rows = query(
         studied, "SELECT model, trial, seed, window_end, logmae, window_start, config FROM trials ORDER BY ALL"
     )
     assert {r[5] for r in rows} == {date(2026, 1, 1)}
-    late, early, platform = date(2026, 1, 3), date(2026, 1, 2), studied.site.platform
+    late, early = date(2026, 1, 3), date(2026, 1, 2)
     for model in ("mtmd", "pooled_towers"):
         first = {r[1]: r[4] for r in rows if r[0] == model and r[2:4] == (0, late)}
         pair = " + ".join(sorted(("dropout", "rate"), key=first.__getitem__))
-        assert first.keys() == {*changes, pair, tuning.OWN}
-        assert len(set(first.values())) == 5, "five different trainings"
+        assert first.keys() == {*changes, pair}
+        assert len(set(first.values())) == 4, "four different trainings"
         [config] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, pair)][:1]
         assert (config["model"]["dropout"], config["optimiser"]["learning_rate"]) == (0.5, 1e-4)
         others = {r[1:4] for r in rows if r[0] == model and r[2:4] != (0, late)}
-        [own] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, tuning.OWN)][:1]
-        assert own == json.loads(json.dumps(train_config(platform, change_of(platform, model), 0).to_dict()))
-        best = min(first, key=first.__getitem__)
-        assert others == {(best, 1, late), (best, 0, early), (best, 1, early)}
+        best = min(first.keys() - {tuning.START}, key=first.__getitem__)
+        again = [(1, late), (0, early), (1, early)]
+        assert others == {(name, *when) for name in (tuning.START, best) for when in again}
     printed = capsys.readouterr().out
     assert printed.index("| mtmd") < printed.index("| pooled_towers")
     finalist = next(line for line in printed.splitlines() if line.startswith("| mtmd"))

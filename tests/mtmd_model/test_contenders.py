@@ -314,6 +314,28 @@ def test_mmoe_weighs_its_experts_by_each_tasks_softmax(encoder: Encoder):
         torch.testing.assert_close(got[task], tower.project[t](mixed))
 
 
+@EACH
+def test_separate_parts_are_clipped_by_a_norm_of_their_own(encoder: Encoder, name: str):
+    model = model_of(encoder, name)
+    parts = list(model.separate_parts())
+    for n, parameter in model.named_parameters():
+        large = not parts or n.startswith(parts[0])
+        parameter.grad = torch.full_like(parameter, 10.0 if large else 1e-6)
+    before = {n: p.grad.clone() for n, p in model.named_parameters()}
+    RankerModule(model, OptimiserConfig()).configure_gradient_clipping(mock.Mock(), 0.5)
+    clipped = {n: p.grad for n, p in model.named_parameters() if not torch.equal(p.grad, before[n])}
+    assert clipped.keys() == {n for n in before if not parts or n.startswith(parts[0])}
+    assert torch.cat([g.flatten() for g in clipped.values()]).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_without_a_clip_gradients_stay(encoder: Encoder):
+    model = model_of(encoder, "slice_towers")
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    RankerModule(model, OptimiserConfig()).configure_gradient_clipping(mock.Mock(), None)
+    assert all((p.grad == 1e3).all() for p in model.parameters())
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def trained(request: pytest.FixtureRequest, write: Write, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     config = TrainConfig(request.param, CONFIGS[request.param], batch_size=100, max_epochs=1, accelerator="cpu")
