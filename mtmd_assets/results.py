@@ -99,8 +99,8 @@ simultaneous (max-t) intervals. Where seeds are few it is corrected for that (`s
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
-both were trained with as many seeds; *better* and *worse* count them by simultaneous intervals, *jumped* the trainings
-without it whose loss did (`checks/training.py`). Widths are divided by what
+both were trained with as many seeds; intervals of means are pointwise, *better* and *worse* count the cells by
+simultaneous ones, *jumped* the trainings without it whose loss did (`checks/training.py`). Widths are divided by what
 the preset divides all of its widths by; half of the rows are half of the steps too."""
 
 SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trainings for each model; what
@@ -301,8 +301,7 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
             r["bucket"]: r for r in _rows(con, "contender = $model AND surface IS NULL AND task IS NULL", model=model)
         }
         if found:
-            means = [found[b]["improvement"] if b in found else None for b in range(5)]
-            buckets = ["" if mean is None else f"{mean:+.1%}" for mean in means]
+            buckets = [_interval(found[b]) if b in found else "" for b in range(5)]
             cells = [r for r in _rows(con, CELLS, model=model) if r["rows"] >= MIN_ROWS]
             verdicts = [verdict(r) for r in cells]
             mean = found[None]
@@ -315,28 +314,34 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
     header = ["without", "0", "1", "2", "3", "4", "all", "cells", "better", "worse", "days", "seeds", "jumped"]
     setting = _setting(con, site, ABLATIONS, *compared)
     parts = [f"## {site.platform.name}: ablations", setting, ABLATED, markdown_table(header, rows)]
-    per_slice = _rows(con, f"{CELLS} ORDER BY surface, product, task", model="no_domain_adaptation")
-    if per_slice:
-        parts += [
-            "Domain adaptation, by cell:",
-            markdown_table(
-                ["surface", "product", "task", "rows", "improvement"],
-                [[r["surface"], r["product"], r["task"], r["rows"], _cell(r)] for r in per_slice],
-            ),
-            _shift(con, site, compared[1]),
-        ]
-    return [*parts, *_by_task(con, site)]
+    by_slice = _by_slice(con, site, "no_domain_adaptation")
+    if by_slice:
+        parts += ["Domain adaptation, by slice:", by_slice, _shift(con, site, compared[1])]
+    return [*parts, *_constrained(con, site)]
 
 
-def _by_task(con: "DuckDBPyConnection", site: Site) -> list[str]:
-    """Constrained modelling beside independent tasks, in the mean over each task's cells (paper, table 5)."""
+def _by_slice(con: "DuckDBPyConnection", site: Site, model: str) -> str:
+    """Improvement over a model in every cell, a row a slice and a column a task; empty if it was not compared."""
+    found = {(r["surface"], r["product"], r["task"]): r for r in _rows(con, CELLS, model=model)}
+    rows = []
+    for surface, product in site.platform.slices:
+        cells = [found.get((surface, product, task)) for task in site.platform.task_names]
+        of_slice = [c for c in cells if c is not None]
+        if of_slice:
+            count = max(c["rows"] for c in of_slice)
+            rows.append([surface, product, f"{count:,}", *("" if c is None else _cell(c) for c in cells)])
+    return markdown_table(["surface", "product", "rows", *site.platform.task_names], rows) if rows else ""
+
+
+def _constrained(con: "DuckDBPyConnection", site: Site) -> list[str]:
+    """Constrained modelling beside independent tasks, by task and by slice (paper, table 5)."""
     where = "contender = $model AND surface IS NULL AND task IS NOT NULL AND bucket IS NULL"
     found = {r["task"]: r for r in _rows(con, where, model="unconstrained") if r["improvement"] is not None}
     if not found:
         return []
     rows = [[task, found[task]["rows"], _interval(found[task])] for task in site.platform.task_names if task in found]
-    words = "Constrained modelling, by task: improvement over independent tasks of equal width (`unconstrained`)."
-    return [words, markdown_table(["task", "rows", "improvement"], rows)]
+    words = "Constrained modelling, by task and by slice: improvement over independent tasks of equal width (`unconstrained`)."
+    return [words, markdown_table(["task", "rows", "improvement"], rows), _by_slice(con, site, "unconstrained")]
 
 
 def _shift(con: "DuckDBPyConnection", site: Site, day: date) -> str:
@@ -423,7 +428,7 @@ def _search(con: "DuckDBPyConnection", site: Site) -> list[str]:
 
 def _interval(row: dict[str, Any]) -> str:
     if row["improvement"] is None:
-        return f"no cell with {MIN_ROWS} rows"
+        return "" if row["bucket"] is not None else f"no cell with {MIN_ROWS} rows"
     if row["seeds"] == 1:
         return f"{row['improvement']:+.1%} (one seed)"  # users alone say too little of a training
     return f"{row['improvement']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]"

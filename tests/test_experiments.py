@@ -214,10 +214,32 @@ def test_the_document_says_what_the_tables_say(studied):
     headings = ("Against the contenders", "Every cell", "Parameters", "Calibration", "Who the routers use")
     assert all(f"\n### {heading}\n" in text for heading in headings)
     assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
-    assert "Domain adaptation, by cell:" in text
-    assert "Constrained modelling, by task:" in text
+    assert "Domain adaptation, by slice:" in text
+    assert "Constrained modelling, by task and by slice:" in text
     assert "How unlike the domains are in the 18 dense features" in text
     assert text.count(f"code `{model_store.code_version()}`") == 2
+
+
+def test_an_ablation_has_an_interval_in_each_bucket_and_its_cells_by_slice(studied):
+    text = studied.document.read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
+    of_bucket = query(
+        studied,
+        """SELECT improvement, low, high FROM improvements WHERE contender = 'no_routing' AND bucket IS NOT NULL
+        AND surface IS NULL AND task IS NULL ORDER BY bucket""",
+    )
+    assert len(of_bucket) == 5
+    shown = [f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]" for mean, low, high in of_bucket]
+    assert line.split(" | ")[1:6] == shown
+    [(mean, low, high, rows)] = query(
+        studied,
+        """SELECT improvement, joint_low, joint_high, rows FROM improvements WHERE contender = 'unconstrained'
+        AND bucket IS NULL AND (surface, product, task) = ('search', 'standard', 'gctr')""",
+    )
+    by_slice = text[text.index("Constrained modelling, by task and by slice") :]
+    line = next(line for line in by_slice.splitlines() if line.startswith("| search | standard |"))
+    assert f"| search | standard | {rows:,} |" in line
+    assert line.split(" | ")[4].startswith(f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]")
 
 
 def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch):
