@@ -342,6 +342,8 @@ class Contender(OwnSettings):
 
     experts: Integer | None = Field(None, gt=0)
     """Of a tower of `mmoe_dcn`."""
+    deviation: Number | None = Field(None, ge=0)
+    """Of `soft_slice_towers`; the other contenders have nothing to pool."""
 
 
 class Experiments(Frozen):
@@ -364,7 +366,9 @@ class Experiments(Frozen):
     """Passes that the search tries, beginning with the first; if left out, only those of the experiments."""
     mtmd: OwnMTMD = Field(default_factory=OwnMTMD)
     """MTMD's own settings here: the daily model may be a smaller one."""
-    contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(default_factory=dict)
+    contenders: dict[Literal["slice_towers", "soft_slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(
+        default_factory=dict
+    )
     """Each contender's own settings."""
 
 

@@ -62,8 +62,8 @@ def start(platform: Platform, model: str) -> dict[str, Any]:
 def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     """The first round: what each trial changes of the start, by name; all models have equally many.
 
-    Every model is tried with the other passes of `experiments.tuned_epochs` and in two more sizes; MTMD and MMOE-DCN in one
-    more, and with another deviation or twice the experts instead.
+    Every model is tried with the other passes of `experiments.tuned_epochs` and in two more sizes; those that are partially
+    pooled and MMOE-DCN in one more, and with another deviation or twice the experts instead.
     """
     from mtmd_model.mmoe_dcn import MMOEConfig
 
@@ -75,7 +75,7 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
         values[name] = [v for v in tried if v != now[name]][: len(tried) - 1]
     values["max_epochs"] = [n for n in platform.experiments.tuned_epochs if n != now["max_epochs"]]
     sizes = [p for p in PRESETS if p != now["preset"]]
-    if model == "mtmd":
+    if model in ("mtmd", "soft_slice_towers"):
         sizes = sizes[:1]
         values["deviation"] = [_round((now["deviation"] or NOT_ZERO) * 3)]
     elif model == "mmoe_dcn":

@@ -7,7 +7,7 @@ from typing import Any
 from mtmd_model.encoder import Encoder
 from mtmd_model.mmoe_dcn import MMOEDCN, MMOEConfig
 from mtmd_model.mtmd import MTMD, MTMDConfig
-from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers
+from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers, SoftSliceTowers
 from mtmd_model.product_mtmd import ProductMTMD
 from mtmd_model.schema import Schema
 from mtmd_model.two_tower import TwoTower
@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mtmd": Architecture(MTMDConfig, MTMD),
     "product_mtmd": Architecture(MTMDConfig, ProductMTMD),
     "slice_towers": Architecture(PlainConfig, SliceTowers),
+    "soft_slice_towers": Architecture(PlainConfig, SoftSliceTowers),
     "pooled_towers": Architecture(PlainConfig, PooledTowers),
     "mmoe_dcn": Architecture(MMOEConfig, MMOEDCN),
 }

@@ -20,6 +20,7 @@ from mtmd_model.config import divided, preset_divisor
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN, short_projection
+from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.schema import Schema, Side
 from mtmd_model.towers import module_key
 from mtmd_model.two_tower import TwoTower
@@ -217,3 +218,26 @@ class SliceTowers(TwoTower):
 
     def _key(self, s: int, p: int) -> str:
         return module_key(f"{self.schema.surfaces[s]} x {self.schema.products[p]}")
+
+
+class SoftSliceTowers(SliceTowers):
+    """Slice towers that are trained as MTMD's domain experts are, by partial pooling: each a tower common to all slices
+    plus a deviation of its own (soft parameter sharing). What of MTMD's margin over slice towers is its architecture's
+    shows here.
+
+    A common part learns from every slice, so that all stop together.
+    """
+
+    def domains(self) -> list[list[dict[str, Counterpart]]]:
+        """The slices' towers of each side; every one has places for all features and tasks."""
+        return [
+            [
+                {name: Counterpart(p, (None,) * p.dim()) for name, p in towers.get_submodule(side).named_parameters()}
+                for towers in self.towers.values()
+            ]
+            for side in ("query", "item")
+        ]
+
+    def separate_parts(self) -> dict[str, Sequence[tuple[int, int]]]:
+        """None."""
+        return {}

@@ -318,7 +318,7 @@ def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(st
     assert len(cells) > 3
     inside = sum(0.95 <= calibration <= 1.05 for *_, calibration in cells)
     assert f"Of the {len(cells)} cells are within 0.95 to 1.05: {inside} of mtmd, " in text
-    assert "| mtmd | slice_towers | pooled_towers | mmoe_dcn |" in text
+    assert "| mtmd | slice_towers | soft_slice_towers | pooled_towers | mmoe_dcn |" in text
     intervals = [
         tuple(map(float, re.findall(r"\[([\d.]+), ([\d.]+)\]", line)[0])) for line in text.splitlines() if "[" in line
     ]

@@ -32,6 +32,7 @@ MMOE = MMOEConfig(widths=(12, 8), width_divisor=8, experts=3, gate=(6,), full_ra
 CONFIGS: dict[str, Any] = {
     "pooled_towers": PLAIN,
     "slice_towers": PLAIN,
+    "soft_slice_towers": PLAIN,
     "mmoe_dcn": MMOE,
     "product_mtmd": MTMDConfig(deep=(12, 8), shallow=(6, 4), router=(6,), width_divisor=8),
 }
