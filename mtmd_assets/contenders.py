@@ -18,7 +18,7 @@ from mtmd_assets.platform_parts import Contender
 if TYPE_CHECKING:
     from mtmd_model.train import TrainConfig
 
-CONTENDERS = ("slice_towers", "soft_slice_towers", "pooled_towers", "mmoe_dcn")
+CONTENDERS = ("slice_towers", "pooled_towers", "mmoe_dcn", "soft_slice_towers")
 
 
 @dataclass(frozen=True)

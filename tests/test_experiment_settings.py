@@ -137,4 +137,4 @@ def test_models_are_known_by_one_name():
     assert len(set(MODELS)) == len(MODELS)
     with pytest.raises(ValueError, match="must be one of"):
         change_of(None, "transformer")
-    assert CONTENDERS == ("slice_towers", "soft_slice_towers", "pooled_towers", "mmoe_dcn")
+    assert CONTENDERS == ("slice_towers", "pooled_towers", "mmoe_dcn", "soft_slice_towers")

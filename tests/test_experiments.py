@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -11,7 +12,7 @@ import polars as pl
 import pytest
 
 from checks import routing
-from mtmd_assets import contenders, model_store, study, tuning
+from mtmd_assets import cli, contenders, model_store, study, tuning
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Home
@@ -20,7 +21,7 @@ from tests.worlds import Runner, query, show_failure, small_adworld
 
 DAYS = [date(2026, 1, d) for d in (4, 5)]
 TRAINED = ("mtmd", *CONTENDERS, "no_routing", "no_domain_adaptation", "unconstrained")
-OF_DAY = {DAYS[0]: TRAINED[:4], DAYS[1]: TRAINED}
+OF_DAY = {DAYS[0]: ("mtmd", *CONTENDERS), DAYS[1]: TRAINED}
 """Ablations are trained for the last day only."""
 
 
@@ -69,6 +70,21 @@ def test_the_days_that_lack_are_built_then_each_evaluation_day_is_scored(studied
         ("experiments", DAYS[1]),
         ("improvements", DAYS[1]),
     ]
+
+
+def test_the_command_writes_the_same_document_and_prints_the_headline(studied, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "home"
+    shutil.copytree(studied.site.folder.parent, folder)
+    monkeypatch.setenv("MTMD_HOME", str(folder))
+    document = tmp_path / "results.md"
+    models = ["--models", ",".join(TRAINED[1:])]
+    assert cli.main(["results", "--platform", "adworld", "--document", str(document), *models]) == 0
+    assert document.read_text() == studied.document.read_text()
+    printed = capsys.readouterr().out
+    for model in TRAINED[1:]:
+        [line] = [line for line in document.read_text().splitlines() if line.startswith(f"| {model} | ")][:1]
+        improvement = line.split(" | ")[6 if model in contenders.ABLATIONS else 1]
+        assert f"| {model} | {improvement} |" in printed, model
 
 
 def test_every_model_is_trained_with_every_seed_on_the_window_before(studied):
@@ -318,7 +334,7 @@ def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(st
     assert len(cells) > 3
     inside = sum(0.95 <= calibration <= 1.05 for *_, calibration in cells)
     assert f"Of the {len(cells)} cells are within 0.95 to 1.05: {inside} of mtmd, " in text
-    assert "| mtmd | slice_towers | soft_slice_towers | pooled_towers | mmoe_dcn |" in text
+    assert "| mtmd | slice_towers | pooled_towers | mmoe_dcn | soft_slice_towers |" in text
     intervals = [
         tuple(map(float, re.findall(r"\[([\d.]+), ([\d.]+)\]", line)[0])) for line in text.splitlines() if "[" in line
     ]

@@ -21,7 +21,7 @@ from mtmd_model.lightning_module import OptimiserConfig, RankerModule
 from mtmd_model.loss import kl_divergence, kl_loss
 from mtmd_model.mmoe_dcn import MMOEDCN, FullRankCross, MMOEConfig
 from mtmd_model.mtmd import MTMD, MTMDConfig
-from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers
+from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers, SoftSliceTowers
 from mtmd_model.product_mtmd import ProductMTMD
 from mtmd_model.train import TrainConfig, TrainResult, _BestEpoch, train
 from mtmd_model.two_tower import TwoTower
@@ -155,6 +155,27 @@ def test_slice_towers_learn_from_their_own_slice_only(encoder: Encoder):
             assert torch.equal(count, dict(model.named_buffers())[name]) != name.startswith(prefix), name
         assert model.bias.logits_TSP.grad is not None
         assert model.bias.logits_TSP.grad.any(0).nonzero().tolist() == [[s, p]]
+
+
+@pytest.mark.parametrize(("share", "alike"), [(0.0, True), (0.5, False)])
+def test_soft_slice_towers_are_a_common_tower_and_deviations(
+    encoder: Encoder, write: Write, tmp_path: Path, share: float, alike: bool
+):
+    config = TrainConfig(
+        "soft_slice_towers",
+        PLAIN,
+        OptimiserConfig(deviation=share),
+        batch_size=100,
+        max_epochs=1,
+        accelerator="cpu",
+    )
+    model = train(encoder.schema, [write(examples(400))], [], config, tmp_path / "v").predictor.model
+    assert isinstance(model, SoftSliceTowers)
+    first, *others = (dict(towers.named_parameters()) for towers in model.towers.values())
+    for name, parameter in first.items():
+        if name.endswith("weight"):
+            same = all(torch.equal(parameter, other[name]) for other in others)
+            assert same == alike, name
 
 
 def test_slice_towers_do_not_read_what_their_slice_lacks(encoder: Encoder):
