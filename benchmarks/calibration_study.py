@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import torch
-import yaml
 
+from benchmarks.worlds import world
 from mtmd_assets.cli import backfill
 from mtmd_assets.contenders import change_of, train_config
 from mtmd_assets.home import Home, Site
@@ -41,7 +41,7 @@ WAYS = {
 
 
 def _expected(x_Z: np.ndarray, v_Z: np.ndarray) -> np.ndarray:
-    found_Z1 = expected(torch.from_numpy(x_Z)[:, None], torch.from_numpy(v_Z)[:, None])
+    found_Z1 = expected(torch.tensor(x_Z)[:, None], torch.tensor(v_Z)[:, None])
     return np.asarray(found_Z1[:, 0])
 
 
@@ -54,16 +54,9 @@ def worlds(folder: Path, count: int, base: Path) -> list[tuple[Site, TrainJob]]:
         base: the platform file whose seed is changed.
     """
     home = Home(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for seed in range(1, count + 1):
-        content = yaml.safe_load(base.read_text())
-        content["name"] = f"world{seed}"
-        content["source"]["seed"] = seed
-        content["training"]["calibrate"] = False
-        file = folder / f"world{seed}.yaml"
-        file.write_text(yaml.safe_dump(content, sort_keys=False))
-        site = home.register(str(file))
+        site = world(home, seed, base, lambda content: content["training"].update(calibrate=False))
         days = [site.platform.start + timedelta(n) for n in range(DAYS)]
         if site.warehouse.missing("joined_examples", days[0], days[-1]):
             backfill(home, site, "data", days[0], days[-1])

@@ -1,0 +1,45 @@
+"""`benchmarks/other_worlds.py` at a small size."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.stats import ttest_1samp
+
+from benchmarks import other_worlds
+from mtmd_assets.contenders import CONTENDERS
+from tests.worlds import small_adworld
+
+
+def test_the_interval_is_that_of_a_t_test():
+    values = np.array([0.1, 0.2, 0.25])
+    assert other_worlds.interval(values) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval()))
+    assert other_worlds.interval(values[:1]) == (-np.inf, np.inf)
+
+
+def test_means_and_counts_by_hand():
+    rows = [
+        (c, "s", "p", task, improvement, world)
+        for c in CONTENDERS
+        for task, improvement, world in [("a", 0.2, 1), ("b", -0.1, 1), ("a", 0.4, 2), ("b", 0.3, 2)]
+    ]
+    names = ["contender", "surface", "product", "task", "improvement", "world"]
+    cells = pl.DataFrame(rows, schema=names, orient="row")
+    line = other_worlds.summary(cells).splitlines()[2]
+    low, high = other_worlds.interval(np.array([0.05, 0.35]))
+    expected = [f"+20.0% [{low:+.1%}, {high:+.1%}]", "+5.0%", "+35.0%", "3 of 4", "2 of 2"]
+    assert line.split(" | ")[1:] == [*expected[:-1], f"{expected[-1]} |"]
+
+
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MTMD_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(other_worlds, "CONTENDERS", ("pooled_towers",))
+    training = {"window_days": 2, "max_epochs": 1, "batch_size": 1024, "accelerator": "cpu"}
+    base = small_adworld(tmp_path, 2_000, training=training, experiments={"days": 1})
+    shown = other_worlds.study(tmp_path / "home", 1, base)
+    header, _, line = shown.splitlines()
+    assert f"| {other_worlds.FIRST_SEED} |" in header
+    assert line.startswith("| pooled_towers | ")
+    assert line.endswith(" of 18 |")
+    assert not (tmp_path / "elsewhere").exists()
