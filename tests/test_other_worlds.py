@@ -36,7 +36,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MTMD_HOME", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(other_worlds, "CONTENDERS", ("pooled_towers",))
     training = {"window_days": 2, "max_epochs": 1, "batch_size": 1024, "accelerator": "cpu"}
-    base = small_adworld(tmp_path, 2_000, training=training, experiments={"days": 1})
+    base = small_adworld(tmp_path, training=training, experiments={"days": 1})
     shown = other_worlds.study(tmp_path / "home", 1, base)
     header, _, line = shown.splitlines()
     assert f"| {other_worlds.FIRST_SEED} |" in header
