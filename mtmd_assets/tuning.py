@@ -63,7 +63,7 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     """The first round: what each trial changes of the start, by name; all models have equally many.
 
     Every model is tried with the other passes of `experiments.tuned_epochs` and in two more sizes; those that are partially
-    pooled and MMOE-DCN in one more, and with another deviation or twice the experts instead.
+    pooled and MMOE-DCN in one, the larger, and with another deviation or twice the experts instead.
     """
     from mtmd_model.mmoe_dcn import MMOEConfig
 
@@ -76,12 +76,11 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     values["max_epochs"] = [n for n in platform.experiments.tuned_epochs if n != now["max_epochs"]]
     sizes = [p for p in PRESETS if p != now["preset"]]
     if model in ("mtmd", "soft_slice_towers"):
-        sizes = sizes[:1]
         values["deviation"] = [_round((now["deviation"] or NOT_ZERO) * 3)]
-    elif model == "mmoe_dcn":
-        sizes = sizes[-1:]
+    if model == "mmoe_dcn":
         values["experts"] = [2 * now.get("experts", MMOEConfig().experts)]
-    values["preset"] = sizes
+    own = {"deviation", "experts"} & values.keys()
+    values["preset"] = sizes[-1:] if own else sizes
     return {START: {}, **{f"{name} {v}": {name: v} for name, tried in values.items() for v in tried}}
 
 
