@@ -8,7 +8,7 @@ ablations, the search. A section of which this home has no tables stays as it wa
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -252,9 +252,21 @@ def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) 
         if model in ("mtmd", *CONTENDERS)
     ]
     weights = _task_weights(site, [version for row in rows for version in row[-1]])
+    counts = {model: (embedding, dense) for model, embedding, dense, *_ in rows}
     words = f"""Parameters, the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
-that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{weights}"""
+that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{weights}{_beside_slice_towers(counts)}"""
     return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
+
+
+def _beside_slice_towers(counts: Mapping[str, tuple[int, int]]) -> str:
+    """A sentence: mtmd's parameters as shares of those of the models that it replaces (paper, section 3.2); empty without
+    these."""
+    if not {"mtmd", "slice_towers"} <= counts.keys():
+        return ""
+    shares = [f"{own / theirs:.2g}" for own, theirs in zip(counts["mtmd"], counts["slice_towers"], strict=True)]
+    return f"""
+MTMD has {shares[0]} times the embedding parameters of all slice towers together, and {shares[1]} times their others; the
+paper's has about as many embedding parameters as the models that it replaced, and fewer others."""
 
 
 def _task_weights(site: Site, versions: Collection[str]) -> str:
@@ -401,7 +413,8 @@ def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:
     header = [c[0] for c in cursor.description]
     rows = [[f"{v:.3f}" if isinstance(v, float) else v for v in row] for row in cursor.fetchall()]
     words = f"""Mean gate by expert over the days and seeds; entropy of a row's gates and of the mean gates, in nats (ln 3 = 1.099 is
-uniform). {_signatures(con, first, last)}"""
+uniform). {_signatures(con, first, last)} A uniform router weighs its experts equally, as the ablation `no_routing` does for
+good."""
     return f"{words}\n\n{markdown_table(header, rows)}"
 
 

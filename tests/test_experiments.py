@@ -293,13 +293,18 @@ def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
     assert results._jumped(studied.site, ["a version whose folder is gone"]) == ""
 
 
-def test_the_weights_of_the_tasks_are_those_trained_with(studied):
+def test_parameters_and_weights_are_those_trained_with(studied):
     from mtmd_assets import results
 
     with studied.site.warehouse.connect() as con:
         text = results._parameters(con, studied.site, DAYS[0], DAYS[-1])
     assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
     assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
+    counts = dict(query(studied, "SELECT model, (embedding_params, dense_params) FROM experiment_models"))
+    embedding, dense = (a / b for a, b in zip(counts["mtmd"], counts["slice_towers"], strict=True))
+    assert f"MTMD has {embedding:.2g} times the embedding parameters" in text
+    assert f"and {dense:.2g} times their others" in text
+    assert results._beside_slice_towers({"mtmd": (1, 1)}) == ""
 
 
 def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_cells(studied):
