@@ -7,7 +7,6 @@ judged are days 8 to 10 by ln(sum of predictions / sum of scores) of every slice
 calibrating takes from day 7. Trained models stay in the folder, and a second run takes them up.
 """
 
-import argparse
 from collections.abc import Mapping
 from datetime import date, timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.worlds import world
+from benchmarks.worlds import options, world
 from mtmd_assets.cli import backfill
 from mtmd_assets.contenders import change_of, train_config
 from mtmd_assets.home import Home, Site
@@ -150,10 +149,7 @@ def study(folder: Path, count: int, base: Path = SHIPPED / "adworld.yaml", least
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, default=10)
-    parser.add_argument("--folder", type=Path, default=Path(".mtmd/calibration_study"), help="a home of its own")
-    given = parser.parse_args()
+    given = options(__doc__, 10, ".mtmd/calibration_study")
     print(study(given.folder, given.worlds))
     print("root mean square of the logarithm that is left, and cells of at least 1,000 rows outside 0.95 to 1.05")
 

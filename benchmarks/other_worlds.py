@@ -9,17 +9,15 @@ a second run takes them up.
 """
 
 import argparse
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-from scipy.stats import t
+from scipy.stats import ttest_1samp
 
-from benchmarks.worlds import world
-from mtmd_assets.cli import main as mtmd
+from benchmarks.worlds import options, world
+from mtmd_assets.cli import study as results
 from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Home, Site
 from mtmd_assets.pictures import markdown_table
@@ -38,14 +36,11 @@ def study(folder: Path, count: int, base: Path = SHIPPED / "adworld.yaml") -> st
         base: the platform file whose seed is changed.
     """
     home = Home(folder)
-    os.environ["MTMD_HOME"] = str(folder)
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         site = world(home, seed, base, _one_day)
-        document = folder / f"world{seed}.md"
-        status = mtmd(["results", "--platform", site.platform.name, "--document", str(document)])
-        if status:
-            raise SystemExit(status)
+        chosen = {"command": "results", "platform": site.platform.name, "models": "contenders", "data": None}
+        results(home, argparse.Namespace(**chosen, document=folder / f"world{seed}.md"))
         found.append(_cells(site).with_columns(pl.lit(seed).alias("world")))
     return summary(pl.concat(found))
 
@@ -78,14 +73,17 @@ def summary(cells: pl.DataFrame) -> str:
     for contender in CONTENDERS:
         of = cells.filter(pl.col("contender") == contender)
         means = of.group_by("world").agg(pl.col("improvement").mean()).sort("world")["improvement"].to_numpy()
-        low, high = interval(means)
+        mean = f"{means.mean():+.1%}"
+        if len(means) > 1:
+            low, high = ttest_1samp(means, 0).confidence_interval(0.95)
+            mean += f" [{low:+.1%}, {high:+.1%}]"
         above = int((of["improvement"] > 0).sum())
         by_cell = of.group_by("surface", "product", "task").agg(pl.col("improvement").mean())["improvement"]
         rows.append(
             [
                 contender,
-                f"{means.mean():+.1%} [{low:+.1%}, {high:+.1%}]",
-                *(f"{mean:+.1%}" for mean in means),
+                mean,
+                *(f"{of_world:+.1%}" for of_world in means),
                 f"{above} of {len(of)}",
                 f"{int((by_cell > 0).sum())} of {len(by_cell)}",
             ]
@@ -94,19 +92,8 @@ def summary(cells: pl.DataFrame) -> str:
     return markdown_table(header, rows)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean, 95 %, by Student's t; infinite for one value."""
-    if len(values) < 2:
-        return -np.inf, np.inf
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return float(values.mean()) - half, float(values.mean()) + half
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(".mtmd/other_worlds"), help="a home of its own")
-    given = parser.parse_args()
+    given = options(__doc__, 5, ".mtmd/other_worlds")
     print(study(given.folder, given.worlds))
     print("improvement of mtmd's LogMAE, and of each world by its seed; one day and one training of each model a world")
 

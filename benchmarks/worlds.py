@@ -1,5 +1,6 @@
 """Adworld with other seeds of its simulator, for studies of what holds beyond one world."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,3 +27,17 @@ def world(home: Home, seed: int, base: Path, change: Callable[[dict[str, Any]], 
     file = home.root / f"world{seed}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return home.register(str(file))
+
+
+def options(description: str | None, worlds: int, folder: str) -> argparse.Namespace:
+    """How many `worlds` and in which `folder`, from the command line.
+
+    Args:
+        description: of the study.
+        worlds: unless given.
+        folder: unless given.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, default=worlds)
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="a home of its own")
+    return parser.parse_args()

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import sql
-from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.faults import BadFile, PlatformError, Withheld
 from mtmd_assets.home import ALWAYS, CHECKOUT, Home, Site
 from mtmd_assets.platform import Platform
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.choices[name].add_argument(
             "--models",
             default=models,
-            help="comma-separated; also all, contenders, ablations; %(default)s unless given",
+            help="comma-separated; also contenders, and of results ablations and all; %(default)s unless given",
         )
     commands.choices["results"].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
     for bound in ("first", "last"):
@@ -175,7 +174,7 @@ def study(home: Home, options: argparse.Namespace) -> int:
     site = _site(home, options.platform, options.data)
     with _jobs(home, site) as run:
         if options.command == "tune":
-            return steps.tune(site, [m for m in models if m in ("mtmd", *CONTENDERS)], run, _step)
+            return steps.tune(site, models, run, _step)
         return steps.results(site, models, options.document, run, _step)
 
 

@@ -363,10 +363,10 @@ class Experiments(Frozen):
     tuning_days: tuple[Day, ...] = ()
     """Days on which settings are judged, all before the evaluation days."""
     tuned_epochs: tuple[Annotated[Integer, Field(gt=0)], ...] = ()
-    """Passes that the search tries, beginning with the first; if left out, only those of the experiments."""
+    """Passes that the search tries, beside those that a model has."""
     mtmd: OwnMTMD = Field(default_factory=OwnMTMD)
     """MTMD's own settings here: the daily model may be a smaller one."""
-    contenders: dict[Literal["slice_towers", "soft_slice_towers", "pooled_towers", "mmoe_dcn"], Contender] = Field(
+    contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn", "soft_slice_towers"], Contender] = Field(
         default_factory=dict
     )
     """Each contender's own settings."""

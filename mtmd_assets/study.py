@@ -90,9 +90,16 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
 
 
 def tune(site: Site, models: Sequence[str], run: Run, step: Step) -> int:
-    """Run the search, publish it as `trials` of the last tuning day, print it."""
+    """Run the search, publish it as `trials` of the last tuning day beside what is there of other models, print it.
+
+    Raises:
+        PlatformError: a model that is not searched.
+    """
     from mtmd_assets import tuning
 
+    others = [m for m in models if m not in ("mtmd", *CONTENDERS)]
+    if others:
+        raise PlatformError(f"--models: {others[0]!r} is not searched, only {', '.join(('mtmd', *CONTENDERS))}")
     evaluation_days(site)
     days = sorted(site.platform.experiments.tuning_days)
     if days:
@@ -104,7 +111,10 @@ def tune(site: Site, models: Sequence[str], run: Run, step: Step) -> int:
         table: Any = tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True))
     with site.warehouse.stage() as stage, site.warehouse.connect() as con:
         con.register("tried", table)
-        stage.write(con, "trials", days[-1], "FROM tried")
+        kept = f"ds = '{days[-1]}' AND model NOT IN (SELECT model FROM tried)"
+        query = f"FROM tried UNION ALL BY NAME SELECT * EXCLUDE ds FROM trials WHERE {kept}"
+        stage.write(con, "trials", days[-1], query)
         stage.publish()
-    print(f"\n{tuning.ranking(table)}")
+    with site.warehouse.connect() as con:
+        print(f"\n{tuning.ranking(con.sql('FROM trials').pl())}")
     return 0

@@ -63,10 +63,8 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     """The first round: what each trial changes of the start, by name; all models have equally many.
 
     Every model is tried with the other passes of `experiments.tuned_epochs` and in two more sizes; those that are partially
-    pooled and MMOE-DCN in one, the larger, and with another deviation or twice the experts instead.
+    pooled and MMOE-DCN in one, the largest other, and with another deviation or twice the experts instead.
     """
-    from mtmd_model.mmoe_dcn import MMOEConfig
-
     now = start(platform, model)
     values: dict[str, list[Any]] = {
         name: [_round((now[name] or NOT_ZERO) * by) for by in factors] for name, factors in FACTORS.items()
@@ -74,14 +72,21 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     for name, tried in TRIED.items():
         values[name] = [v for v in tried if v != now[name]][: len(tried) - 1]
     values["max_epochs"] = [n for n in platform.experiments.tuned_epochs if n != now["max_epochs"]]
+    own = _own(model, now)
     sizes = [p for p in PRESETS if p != now["preset"]]
-    if model in ("mtmd", "soft_slice_towers"):
-        values["deviation"] = [_round((now["deviation"] or NOT_ZERO) * 3)]
-    if model == "mmoe_dcn":
-        values["experts"] = [2 * now.get("experts", MMOEConfig().experts)]
-    own = {"deviation", "experts"} & values.keys()
-    values["preset"] = sizes[-1:] if own else sizes
+    values |= {**own, "preset": sizes[-1:] if own else sizes}
     return {START: {}, **{f"{name} {v}": {name: v} for name, tried in values.items() for v in tried}}
+
+
+def _own(model: str, now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What only this model has to try."""
+    if model in ("mtmd", "soft_slice_towers"):
+        return {"deviation": [_round((now["deviation"] or NOT_ZERO) * 3)]}
+    if model == "mmoe_dcn":
+        from mtmd_model.mmoe_dcn import MMOEConfig
+
+        return {"experts": [2 * now.get("experts", MMOEConfig().experts)]}
+    return {}
 
 
 def _round(value: float) -> float:

@@ -6,6 +6,7 @@ from datetime import date, datetime
 import pytest
 
 from mtmd_assets.home import Home
+from tests.studied import small_study, train_and_compare
 from tests.worlds import Runner, show_failure, small_adworld
 
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
@@ -26,4 +27,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Runner:
         runner.tick(datetime(2026, 1, 6, 6, 0)),
     ):
         assert result.success, show_failure(result)
+    return runner
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """Contenders and some ablations trained and compared on two evaluation days, with the document (`tests/studied.py`)."""
+    runner = small_study(tmp_path_factory.mktemp("experiments"))
+    train_and_compare(runner)
     return runner

@@ -4,66 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mtmd_assets import tuning
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, Change, change_of, train_config
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.platform_parts import Contender, OwnMTMD
 from mtmd_model.config import MTMDConfig
 from mtmd_model.plain import PlainConfig
-
-
-def test_changes_of_one_setting_are_not_joined():
-    changes = {"start": {}, "a": {"x": 1}, "b": {"x": 2}, "c": {"y": 1}, "d": {"z": 1}, "e": {"w": 1}}
-    found = tuning.joined(changes, ["b", "start", "a", "d", "c", "e"])
-    assert found == {
-        "b + d": {"x": 2, "z": 1},
-        "b + d + c": {"x": 2, "z": 1, "y": 1},
-        "b + d + c + e": {"x": 2, "z": 1, "y": 1, "w": 1},
-    }
-
-
-@pytest.mark.parametrize("passes", [(), (6, 8)])
-@pytest.mark.parametrize("preset", tuning.PRESETS)
-@pytest.mark.parametrize("own", [{}, {"weight_decay": 0.0, "deviation": None, "warmup_share": 0.5, "id_dropout": 0.3}])
-def test_every_model_has_equally_many_trials_and_all_differ(own, preset, passes):
-    adworld = shipped_platform("adworld")
-    mtmd = adworld.experiments.mtmd.model_copy(update={"preset": preset})
-    experiments = adworld.experiments.model_copy(update={"tuned_epochs": passes, "mtmd": mtmd, "max_epochs": 6})
-    platform = adworld.model_copy(
-        update={"experiments": experiments, "training": adworld.training.model_copy(update=own)}
-    )
-    for model in ("mtmd", *CONTENDERS):
-        now = tuning.start(platform, model)
-        changes = tuning.singles(platform, model)
-        configs = {str(train_config(platform, Change(model).on({**now, **c}))) for c in changes.values()}
-        assert len(configs) == len(changes) == 14 + len(passes[1:])
-
-
-@pytest.mark.parametrize("name", ["adworld", "kuairand"])
-@pytest.mark.parametrize("model", ["mtmd", *CONTENDERS])
-def test_a_search_starts_from_what_the_platform_file_says(name, model):
-    platform = shipped_platform(name)
-    here = train_config(platform, change_of(platform, model), 0)
-    assert train_config(platform, Change(model).on(tuning.start(platform, model)), 0) == here
-
-
-def test_a_search_tries_smaller_and_larger_values_of_a_setting():
-    platform = shipped_platform("adworld")
-    now = tuning.start(platform, "mmoe_dcn")
-    tried = tuning.singles(platform, "mmoe_dcn").values()
-    for setting in ("learning_rate", "weight_decay", "embedding_rate"):
-        smaller, larger = sorted(change[setting] for change in tried if setting in change)
-        assert smaller < now[setting] < larger
-    assert {"experts": 8} in tried
-
-
-def test_the_start_of_a_search_is_always_a_finalist():
-    for ranked, expected in (
-        (["a", "b", tuning.START, "c"], [tuning.START, "a", "b"]),
-        (["a", "b", "c", tuning.START], [tuning.START, "a", "b"]),
-        ([tuning.START, "a", "b", "c"], [tuning.START, "a", "b"]),
-    ):
-        assert tuning._finalists(ranked) == expected
 
 
 def test_experiments_may_make_other_passes_than_the_daily_model():

@@ -1,9 +1,7 @@
-"""The experiments at a small size: contenders and ablations trained, scored, compared, written down, and searched."""
+"""The experiments at a small size: contenders and ablations trained, scored, compared, written down."""
 
 import json
-import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 
@@ -11,56 +9,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from checks import routing
-from mtmd_assets import cli, contenders, model_store, study, tuning
+from mtmd_assets import cli, contenders, model_store, study
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, Withheld
-from mtmd_assets.home import Home
 from mtmd_assets.training_pool import TrainJob, train_all
-from tests.worlds import Runner, query, show_failure, small_adworld
-
-DAYS = [date(2026, 1, d) for d in (4, 5)]
-TRAINED = ("mtmd", *CONTENDERS, "no_routing", "no_domain_adaptation", "unconstrained")
-OF_DAY = {DAYS[0]: ("mtmd", *CONTENDERS), DAYS[1]: TRAINED}
-"""Ablations are trained for the last day only."""
-
-
-@contextmanager
-def quiet(title):
-    yield
-
-
-@pytest.fixture(scope="module")
-def studied(tmp_path_factory):
-    """Two evaluation days with two seeds, and the document."""
-    folder = tmp_path_factory.mktemp("experiments")
-    settings = {
-        "days": 2,
-        "seeds": 2,
-        "ablation_days": 1,
-        "tuning_days": ["2026-01-02", "2026-01-03"],
-        "mtmd": {"learning_rate": 0.004},
-        "contenders": {"pooled_towers": {"dropout": 0.1}},
-    }
-    file = small_adworld(
-        folder,
-        training={"window_days": 3, "max_epochs": 1, "batch_size": 1024, "accelerator": "cpu"},
-        experiments=settings,
-    )
-    runner = Runner(Home(folder / "home").register(str(file)))
-    runs = []
-
-    def run(job, first, last=None, only=(), config=None):
-        if config is not None:
-            config["ops"]["adworld_train_and_score"]["config"]["workers"] = 1
-        result = runner.run(job, first, last, only, config)
-        runs.append((job, first, result))
-        assert result.success, show_failure(result)
-
-    document = folder / "docs" / "results.md"
-    assert study.results(runner.site, TRAINED, document, run, quiet) == 0
-    runner.document, runner.runs, runner.run_step = document, runs, run
-    return runner
+from tests.studied import DAYS, OF_DAY, TRAINED, quiet
+from tests.worlds import query, show_failure
 
 
 def test_the_days_that_lack_are_built_then_each_evaluation_day_is_scored(studied):
@@ -209,160 +163,6 @@ def test_an_unknown_model_is_refused(studied):
         study.chosen("mtmd,transformer")
 
 
-def test_the_document_says_what_the_tables_say(studied):
-    text = studied.document.read_text()
-    [(mean,)] = query(
-        studied,
-        "SELECT improvement FROM improvements WHERE contender = 'pooled_towers' AND surface IS NULL AND task IS NULL AND bucket IS NULL",
-    )
-    assert f"| pooled_towers | {mean:+.1%} [" in text
-    assert text.count("| search | shopping |") >= 3
-    [(impressions,)] = query(studied, "SELECT count(*) FROM joined_examples WHERE ds >= ?", DAYS[0])
-    assert f"({impressions:,} impressions)" in text
-    [(cells,)] = query(
-        studied,
-        """SELECT count(*) FROM improvements
-        WHERE contender = 'no_routing' AND surface IS NOT NULL AND bucket IS NULL AND rows >= 200""",
-    )
-    [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
-    assert line.split(" | ")[-6] == str(cells)
-    assert line.endswith(" | 1 | 2 | 0 of 2 |"), "days, seeds and jumps"
-    headings = ("Against the contenders", "Every cell", "Parameters", "Calibration", "Who the routers use")
-    assert all(f"\n### {heading}\n" in text for heading in headings)
-    assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
-    assert "Domain adaptation, by slice:" in text
-    assert "Constrained modelling, by task and by slice:" in text
-    assert "How unlike the domains are in the 18 dense features" in text
-    assert text.count(f"code `{model_store.code_version()}`") == 2
-
-
-def test_an_ablation_has_an_interval_in_each_bucket_and_its_cells_by_slice(studied):
-    text = studied.document.read_text()
-    [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
-    of_bucket = query(
-        studied,
-        """SELECT improvement, low, high FROM improvements WHERE contender = 'no_routing' AND bucket IS NOT NULL
-        AND surface IS NULL AND task IS NULL ORDER BY bucket""",
-    )
-    assert len(of_bucket) == 5
-    shown = [f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]" for mean, low, high in of_bucket]
-    assert line.split(" | ")[1:6] == shown
-    [(mean, low, high, rows)] = query(
-        studied,
-        """SELECT improvement, joint_low, joint_high, rows FROM improvements WHERE contender = 'unconstrained'
-        AND bucket IS NULL AND (surface, product, task) = ('search', 'standard', 'gctr')""",
-    )
-    by_slice = text[text.index("Constrained modelling, by task and by slice") :]
-    line = next(line for line in by_slice.splitlines() if line.startswith("| search | standard |"))
-    assert f"| search | standard | {rows:,} |" in line
-    assert line.split(" | ")[4].startswith(f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]")
-
-
-def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch):
-    from mtmd_assets import results
-
-    [(routers,)] = query(
-        studied, "SELECT count(DISTINCT (model_version, tower, domain, task)) FROM experiment_routing_metrics"
-    )
-    assert routers == 4 * ((3 + 2) * 4 - 2), "each task of each domain; cvr and octr have one product each"
-
-    def text():
-        with studied.site.warehouse.connect() as con:
-            return results._routing(con, DAYS[0], DAYS[-1])
-
-    # after one pass from gates that start equal, they still are
-    assert f"in {routers} routers of all days and seeds: {routers} uniform." in text()
-    monkeypatch.setattr(routing, "UNIFORM", 1.1)
-    assert f"in {routers} routers of all days and seeds: none." in text()
-
-
-def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
-    from mtmd_assets import results
-
-    def of_mtmd():
-        with studied.site.warehouse.connect() as con:
-            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1]).splitlines()
-        [line] = [line for line in lines if line.startswith("| mtmd |")]
-        return line.split(" | ")[4]
-
-    assert of_mtmd() == "0 of 4"
-    seen = []
-    monkeypatch.setattr(results, "high_passes", lambda history: seen.append(history) or len(seen) == 1)
-    assert of_mtmd() == "1 of 4"
-    assert all(entry["train_loss"] > 0 for history in seen for entry in history)
-    assert results._jumped(studied.site, ["a version whose folder is gone"]) == ""
-
-
-def test_parameters_and_weights_are_those_trained_with(studied):
-    from mtmd_assets import results
-
-    with studied.site.warehouse.connect() as con:
-        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1])
-    assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
-    assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
-    counts = dict(query(studied, "SELECT model, (embedding_params, dense_params) FROM experiment_models"))
-    embedding, dense = (a / b for a, b in zip(counts["mtmd"], counts["slice_towers"], strict=True))
-    assert f"MTMD has {embedding:.2g} times the embedding parameters" in text
-    assert f"and {dense:.2g} times their others" in text
-    assert results._beside_slice_towers({"mtmd": (1, 1)}) == ""
-
-
-def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_cells(studied):
-    from mtmd_assets import results
-
-    with studied.site.warehouse.connect() as con:
-        words, table = results._tasks(con, studied.site)
-    assert "By task" in words
-    errors = """SELECT avg(abs(ln(greatest(probability, 1e-6)) - ln(greatest(score, 1e-6))))
-        FROM experiment_predictions WHERE model = ? AND task = 'gctr'"""
-    mtmd, pooled = (query(studied, errors, model)[0][0] for model in ("mtmd", "pooled_towers"))
-    [line] = [line for line in table.splitlines() if line.startswith("| gctr |")]
-    assert line.split(" | ")[4] == f"{1 - mtmd / pooled:+.1%}"
-    [(mean,)] = query(
-        studied,
-        "SELECT improvement FROM improvements WHERE contender = 'pooled_towers' AND task = 'gctr' AND surface IS NULL AND bucket IS NULL",
-    )
-    assert line.split(" | ")[3].startswith(f"{mean:+.1%} [")
-
-
-def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
-    from mtmd_assets import results
-
-    monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
-    with studied.site.warehouse.connect() as con:
-        text = results._calibration(con, DAYS[0], DAYS[-1])
-    cells = query(
-        studied,
-        """SELECT surface, product, task, count(*) // 2 AS n, sum(probability) / sum(score) AS calibration
-        FROM experiment_predictions WHERE model = 'mtmd' GROUP BY ALL HAVING n >= 200 ORDER BY ALL""",
-    )
-    assert len(cells) > 3
-    inside = sum(0.95 <= calibration <= 1.05 for *_, calibration in cells)
-    assert f"Of the {len(cells)} cells are within 0.95 to 1.05: {inside} of mtmd, " in text
-    assert "| mtmd | slice_towers | pooled_towers | mmoe_dcn | soft_slice_towers |" in text
-    intervals = [
-        tuple(map(float, re.findall(r"\[([\d.]+), ([\d.]+)\]", line)[0])) for line in text.splitlines() if "[" in line
-    ]
-    outside = sum(low > 1.05 or high < 0.95 for low, high in intervals)
-    assert f"of mtmd's, {outside or 'none'} lie wholly outside" in text
-    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    for (*cell, rows, calibration), line in zip(cells, lines, strict=True):
-        assert line.startswith(f"| {' | '.join(cell)} | {rows:,} | {calibration:.3f} [")
-
-
-def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_path):
-    from mtmd_assets.results import write_sections
-
-    document = tmp_path / "results.md"
-    before = studied.document.read_text()
-    others = [f"<!-- {name} -->\nuntouched\n<!-- end of {name} -->\n" for name in ("other", "adworld search")]
-    document.write_text("\n".join([before, *others]))
-    write_sections(document, studied.site)
-    text = document.read_text()
-    assert text.count("## adworld\n") == text.count("## adworld: ablations\n") == 1
-    assert text.count("untouched") == 2, "another platform's, and one that this home has no table for"
-
-
 def test_a_model_without_all_of_its_days_is_not_compared(studied):
     from mtmd_assets.assets import experiments
     from mtmd_assets.results import sections
@@ -410,37 +210,6 @@ def test_mtmd_alone_has_nothing_to_be_compared_with(studied):
         study.results(studied.site, ["mtmd"], studied.document, studied.run_step, quiet)
 
 
-def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_and_seed(studied, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
-        changes = {tuning.START: {}, "dropout": {"dropout": 0.5}, "rate": {"learning_rate": 1e-4}}
-        patch.setattr(tuning, "start", lambda platform, model: small)
-        patch.setattr(tuning, "singles", lambda platform, model: changes)
-        patch.setattr(tuning, "FINALISTS", 2)
-        patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
-        assert study.tune(studied.site, ["mtmd", "pooled_towers"], studied.run_step, quiet) == 0
-    rows = query(
-        studied, "SELECT model, trial, seed, window_end, logmae, window_start, config FROM trials ORDER BY ALL"
-    )
-    assert {r[5] for r in rows} == {date(2026, 1, 1)}
-    late, early = date(2026, 1, 3), date(2026, 1, 2)
-    for model in ("mtmd", "pooled_towers"):
-        first = {r[1]: r[4] for r in rows if r[0] == model and r[2:4] == (0, late)}
-        pair = " + ".join(sorted(("dropout", "rate"), key=first.__getitem__))
-        assert first.keys() == {*changes, pair}
-        assert len(set(first.values())) == 4, "four different trainings"
-        [config] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, pair)][:1]
-        assert (config["model"]["dropout"], config["optimiser"]["learning_rate"]) == (0.5, 1e-4)
-        others = {r[1:4] for r in rows if r[0] == model and r[2:4] != (0, late)}
-        best = min(first.keys() - {tuning.START}, key=first.__getitem__)
-        again = [(1, late), (0, early), (1, early)]
-        assert others == {(name, *when) for name in (tuning.START, best) for when in again}
-    printed = capsys.readouterr().out
-    assert printed.index("| mtmd") < printed.index("| pooled_towers")
-    finalist = next(line for line in printed.splitlines() if line.startswith("| mtmd"))
-    assert finalist.split("|")[3].strip() == "4", "the finalist is first, with its four trainings"
-
-
 def test_the_platform_file_can_name_the_last_evaluation_day(studied):
     platform = studied.site.platform
 
@@ -455,18 +224,6 @@ def test_the_platform_file_can_name_the_last_evaluation_day(studied):
         ending(DAYS[0])
     with pytest.raises(PlatformError, match="2026-02-03 is after the log's end, 2026-02-02"):
         ending(date(2026, 2, 3), date(2026, 2, 2))
-
-
-def test_a_tuning_day_among_the_evaluation_days_is_refused(studied):
-    platform = studied.site.platform
-    late = platform.experiments.model_copy(update={"tuning_days": (DAYS[0],)})
-    site = type(studied.site)(platform.model_copy(update={"experiments": late}), studied.site.folder)
-    with pytest.raises(PlatformError, match="not before the evaluation days"):
-        study.evaluation_days(site)
-    none = platform.experiments.model_copy(update={"tuning_days": ()})
-    site = type(studied.site)(platform.model_copy(update={"experiments": none}), studied.site.folder)
-    with pytest.raises(Withheld, match="tuning_days"):
-        tuning.tune(site, ["mtmd"], 1, print)
 
 
 def test_a_model_differs_from_the_daily_one_in_what_the_platform_file_says_only(studied):

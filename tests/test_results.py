@@ -1,0 +1,150 @@
+"""docs/results.md says what the tables of the experiments say."""
+
+import re
+
+from checks import routing
+from mtmd_assets import model_store, results
+from tests.studied import DAYS
+from tests.worlds import query
+
+
+def test_the_document_says_what_the_tables_say(studied):
+    text = studied.document.read_text()
+    [(mean,)] = query(
+        studied,
+        "SELECT improvement FROM improvements WHERE contender = 'pooled_towers' AND surface IS NULL AND task IS NULL AND bucket IS NULL",
+    )
+    assert f"| pooled_towers | {mean:+.1%} [" in text
+    assert text.count("| search | shopping |") >= 3
+    [(impressions,)] = query(studied, "SELECT count(*) FROM joined_examples WHERE ds >= ?", DAYS[0])
+    assert f"({impressions:,} impressions)" in text
+    [(cells,)] = query(
+        studied,
+        """SELECT count(*) FROM improvements
+        WHERE contender = 'no_routing' AND surface IS NOT NULL AND bucket IS NULL AND rows >= 200""",
+    )
+    [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
+    assert line.split(" | ")[-6] == str(cells)
+    assert line.endswith(" | 1 | 2 | 0 of 2 |"), "days, seeds and jumps"
+    headings = ("Against the contenders", "Every cell", "Parameters", "Calibration", "Who the routers use")
+    assert all(f"\n### {heading}\n" in text for heading in headings)
+    assert text.count("\n## adworld\n") == text.count("\n## adworld: ablations\n") == 1
+    assert "Domain adaptation, by slice:" in text
+    assert "Constrained modelling, by task and by slice:" in text
+    assert "How unlike the domains are in the 18 dense features" in text
+    assert text.count(f"code `{model_store.code_version()}`") == 2
+
+
+def test_an_ablation_has_an_interval_in_each_bucket_and_its_cells_by_slice(studied):
+    text = studied.document.read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
+    of_bucket = query(
+        studied,
+        """SELECT improvement, low, high FROM improvements WHERE contender = 'no_routing' AND bucket IS NOT NULL
+        AND surface IS NULL AND task IS NULL ORDER BY bucket""",
+    )
+    assert len(of_bucket) == 5
+    shown = [f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]" for mean, low, high in of_bucket]
+    assert line.split(" | ")[1:6] == shown
+    [(mean, low, high, rows)] = query(
+        studied,
+        """SELECT improvement, joint_low, joint_high, rows FROM improvements WHERE contender = 'unconstrained'
+        AND bucket IS NULL AND (surface, product, task) = ('search', 'standard', 'gctr')""",
+    )
+    by_slice = text[text.index("Constrained modelling, by task and by slice") :]
+    line = next(line for line in by_slice.splitlines() if line.startswith("| search | standard |"))
+    assert f"| search | standard | {rows:,} |" in line
+    assert line.split(" | ")[4].startswith(f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]")
+
+
+def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch):
+    [(routers,)] = query(
+        studied, "SELECT count(DISTINCT (model_version, tower, domain, task)) FROM experiment_routing_metrics"
+    )
+    assert routers == 4 * ((3 + 2) * 4 - 2), "each task of each domain; cvr and octr have one product each"
+
+    def text():
+        with studied.site.warehouse.connect() as con:
+            return results._routing(con, DAYS[0], DAYS[-1])
+
+    # after one pass from gates that start equal, they still are
+    assert f"in {routers} routers of all days and seeds: {routers} uniform." in text()
+    monkeypatch.setattr(routing, "UNIFORM", 1.1)
+    assert f"in {routers} routers of all days and seeds: none." in text()
+
+
+def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
+    def of_mtmd():
+        with studied.site.warehouse.connect() as con:
+            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1]).splitlines()
+        [line] = [line for line in lines if line.startswith("| mtmd |")]
+        return line.split(" | ")[4]
+
+    assert of_mtmd() == "0 of 4"
+    seen = []
+    monkeypatch.setattr(results, "high_passes", lambda history: seen.append(history) or len(seen) == 1)
+    assert of_mtmd() == "1 of 4"
+    assert all(entry["train_loss"] > 0 for history in seen for entry in history)
+    assert results._jumped(studied.site, ["a version whose folder is gone"]) == ""
+
+
+def test_parameters_and_weights_are_those_trained_with(studied):
+    with studied.site.warehouse.connect() as con:
+        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1])
+    assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
+    assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
+    counts = dict(query(studied, "SELECT model, (embedding_params, dense_params) FROM experiment_models"))
+    embedding, dense = (a / b for a, b in zip(counts["mtmd"], counts["slice_towers"], strict=True))
+    assert f"MTMD has {embedding:.2g} times the embedding parameters" in text
+    assert f"and {dense:.2g} times their others" in text
+    assert results._beside_slice_towers({"mtmd": (1, 1)}) == ""
+
+
+def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_cells(studied):
+    with studied.site.warehouse.connect() as con:
+        words, table = results._tasks(con, studied.site)
+    assert "By task" in words
+    errors = """SELECT avg(abs(ln(greatest(probability, 1e-6)) - ln(greatest(score, 1e-6))))
+        FROM experiment_predictions WHERE model = ? AND task = 'gctr'"""
+    mtmd, pooled = (query(studied, errors, model)[0][0] for model in ("mtmd", "pooled_towers"))
+    [line] = [line for line in table.splitlines() if line.startswith("| gctr |")]
+    assert line.split(" | ")[4] == f"{1 - mtmd / pooled:+.1%}"
+    [(mean,)] = query(
+        studied,
+        "SELECT improvement FROM improvements WHERE contender = 'pooled_towers' AND task = 'gctr' AND surface IS NULL AND bucket IS NULL",
+    )
+    assert line.split(" | ")[3].startswith(f"{mean:+.1%} [")
+
+
+def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
+    monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
+    with studied.site.warehouse.connect() as con:
+        text = results._calibration(con, DAYS[0], DAYS[-1])
+    cells = query(
+        studied,
+        """SELECT surface, product, task, count(*) // 2 AS n, sum(probability) / sum(score) AS calibration
+        FROM experiment_predictions WHERE model = 'mtmd' GROUP BY ALL HAVING n >= 200 ORDER BY ALL""",
+    )
+    assert len(cells) > 3
+    inside = sum(0.95 <= calibration <= 1.05 for *_, calibration in cells)
+    assert f"Of the {len(cells)} cells are within 0.95 to 1.05: {inside} of mtmd, " in text
+    assert "| mtmd | slice_towers | pooled_towers | mmoe_dcn | soft_slice_towers |" in text
+    intervals = [
+        tuple(map(float, re.findall(r"\[([\d.]+), ([\d.]+)\]", line)[0])) for line in text.splitlines() if "[" in line
+    ]
+    outside = sum(low > 1.05 or high < 0.95 for low, high in intervals)
+    assert f"of mtmd's, {outside or 'none'} lie wholly outside" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    for (*cell, rows, calibration), line in zip(cells, lines, strict=True):
+        assert line.startswith(f"| {' | '.join(cell)} | {rows:,} | {calibration:.3f} [")
+
+
+def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_path):
+    document = tmp_path / "results.md"
+    before = studied.document.read_text()
+    others = [f"<!-- {name} -->\nuntouched\n<!-- end of {name} -->\n" for name in ("other", "adworld search")]
+    document.write_text("\n".join([before, *others]))
+    results.write_sections(document, studied.site)
+    text = document.read_text()
+    assert text.count("## adworld\n") == text.count("## adworld: ablations\n") == 1
+    assert text.count("untouched") == 2, "another platform's, and one that this home has no table for"

@@ -1,0 +1,127 @@
+"""The search: what it tries, what it joins, whom it trains again."""
+
+import json
+from datetime import date
+
+import pytest
+
+from mtmd_assets import study, tuning
+from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
+from mtmd_assets.faults import PlatformError, Withheld
+from mtmd_assets.platform import shipped_platform
+from mtmd_assets.training_pool import train_all
+from tests.studied import DAYS, quiet, small_study
+from tests.worlds import query
+
+
+def test_changes_of_one_setting_are_not_joined():
+    changes = {"start": {}, "a": {"x": 1}, "b": {"x": 2}, "c": {"y": 1}, "d": {"z": 1}, "e": {"w": 1}}
+    found = tuning.joined(changes, ["b", "start", "a", "d", "c", "e"])
+    assert found == {
+        "b + d": {"x": 2, "z": 1},
+        "b + d + c": {"x": 2, "z": 1, "y": 1},
+        "b + d + c + e": {"x": 2, "z": 1, "y": 1, "w": 1},
+    }
+
+
+@pytest.mark.parametrize("passes", [(), (6, 8)])
+@pytest.mark.parametrize("preset", tuning.PRESETS)
+@pytest.mark.parametrize("own", [{}, {"weight_decay": 0.0, "deviation": None, "warmup_share": 0.5, "id_dropout": 0.3}])
+def test_every_model_has_equally_many_trials_and_all_differ(own, preset, passes):
+    adworld = shipped_platform("adworld")
+    mtmd = adworld.experiments.mtmd.model_copy(update={"preset": preset})
+    experiments = adworld.experiments.model_copy(update={"tuned_epochs": passes, "mtmd": mtmd, "max_epochs": 6})
+    platform = adworld.model_copy(
+        update={"experiments": experiments, "training": adworld.training.model_copy(update=own)}
+    )
+    for model in ("mtmd", *CONTENDERS):
+        now = tuning.start(platform, model)
+        changes = tuning.singles(platform, model)
+        configs = {str(train_config(platform, Change(model).on({**now, **c}))) for c in changes.values()}
+        assert len(configs) == len(changes) == 14 + len(passes[1:])
+
+
+@pytest.mark.parametrize("name", ["adworld", "kuairand"])
+@pytest.mark.parametrize("model", ["mtmd", *CONTENDERS])
+def test_a_search_starts_from_what_the_platform_file_says(name, model):
+    platform = shipped_platform(name)
+    here = train_config(platform, change_of(platform, model), 0)
+    assert train_config(platform, Change(model).on(tuning.start(platform, model)), 0) == here
+
+
+def test_a_search_tries_smaller_and_larger_values_of_a_setting():
+    platform = shipped_platform("adworld")
+    now = tuning.start(platform, "mmoe_dcn")
+    tried = tuning.singles(platform, "mmoe_dcn").values()
+    for setting in ("learning_rate", "weight_decay", "embedding_rate"):
+        smaller, larger = sorted(change[setting] for change in tried if setting in change)
+        assert smaller < now[setting] < larger
+    assert {"experts": 8} in tried
+
+
+def test_the_start_of_a_search_is_always_a_finalist():
+    for ranked, expected in (
+        (["a", "b", tuning.START, "c"], [tuning.START, "a", "b"]),
+        (["a", "b", "c", tuning.START], [tuning.START, "a", "b"]),
+        ([tuning.START, "a", "b", "c"], [tuning.START, "a", "b"]),
+    ):
+        assert tuning._finalists(ranked) == expected
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory):
+    """A platform of which nothing is there yet."""
+    return small_study(tmp_path_factory.mktemp("search"))
+
+
+def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_and_seed(searched, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
+        changes = {tuning.START: {}, "dropout": {"dropout": 0.5}, "rate": {"learning_rate": 1e-4}}
+        patch.setattr(tuning, "start", lambda platform, model: small)
+        patch.setattr(tuning, "singles", lambda platform, model: changes)
+        patch.setattr(tuning, "FINALISTS", 2)
+        patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
+        assert study.tune(searched.site, ["mtmd"], searched.run_step, quiet) == 0
+        assert study.tune(searched.site, ["pooled_towers"], searched.run_step, quiet) == 0, "keeps the trials of mtmd"
+        assert study.tune(searched.site, ["mtmd", "pooled_towers"], searched.run_step, quiet) == 0, "and replaces both"
+    rows = query(
+        searched, "SELECT model, trial, seed, window_end, logmae, window_start, config FROM trials ORDER BY ALL"
+    )
+    assert {r[5] for r in rows} == {date(2026, 1, 1)}
+    late, early = date(2026, 1, 3), date(2026, 1, 2)
+    for model in ("mtmd", "pooled_towers"):
+        first = {r[1]: r[4] for r in rows if r[0] == model and r[2:4] == (0, late)}
+        pair = " + ".join(sorted(("dropout", "rate"), key=first.__getitem__))
+        assert first.keys() == {*changes, pair}
+        assert len(set(first.values())) == 4, "four different trainings"
+        [config] = [json.loads(r[6]) for r in rows if (r[0], r[1]) == (model, pair)][:1]
+        assert (config["model"]["dropout"], config["optimiser"]["learning_rate"]) == (0.5, 1e-4)
+        others = {r[1:4] for r in rows if r[0] == model and r[2:4] != (0, late)}
+        best = min(first.keys() - {tuning.START}, key=first.__getitem__)
+        again = [(1, late), (0, early), (1, early)]
+        assert others == {(name, *when) for name in (tuning.START, best) for when in again}
+    assert len(rows) == 2 * (4 + 2 * 3)
+    of_one, of_both, again = capsys.readouterr().out.split("| model |")[1:]
+    assert "| pooled_towers" not in of_one
+    assert of_both == again
+    assert of_both.index("| mtmd") < of_both.index("| pooled_towers")
+    finalist = next(line for line in of_both.splitlines() if line.startswith("| mtmd"))
+    assert finalist.split("|")[3].strip() == "4", "the finalist is first, with its four trainings"
+
+
+def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):
+    platform = searched.site.platform
+    late = platform.experiments.model_copy(update={"tuning_days": (DAYS[0],)})
+    site = type(searched.site)(platform.model_copy(update={"experiments": late}), searched.site.folder)
+    with pytest.raises(PlatformError, match="not before the evaluation days"):
+        study.evaluation_days(site)
+    none = platform.experiments.model_copy(update={"tuning_days": ()})
+    site = type(searched.site)(platform.model_copy(update={"experiments": none}), searched.site.folder)
+    with pytest.raises(Withheld, match="tuning_days"):
+        tuning.tune(site, ["mtmd"], 1, print)
+
+
+def test_a_model_that_is_not_searched_is_refused(searched):
+    with pytest.raises(PlatformError, match="'no_cross' is not searched, only mtmd, slice_towers"):
+        study.tune(searched.site, ["mtmd", "no_cross"], searched.run_step, quiet)
