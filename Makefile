@@ -32,8 +32,8 @@ sql: .venv/ready ## A DuckDB prompt on the tables, or one query: make sql Q="FRO
 scoreboard: .venv/ready ## LogMAE by slice and task, of every evaluated day
 	@$(BIN)/mtmd scoreboard --platform $(PLATFORM)
 
-results: .venv/ready ## MTMD against its contenders, into docs/results.md: MODELS=ablations for these, MODELS=all for both
-	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)")
+results: .venv/ready ## MTMD against its contenders, into docs/results.md: MODELS=ablations for these, MODELS=all for both; SEEDS=2
+	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
 tune: .venv/ready ## The search behind the settings of MTMD and its contenders
 	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG)

@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default=models,
             help="comma-separated; also contenders, and of results ablations and all; %(default)s unless given",
         )
+    commands.choices["results"].add_argument(
+        "--seeds", type=int, default=0, help="how many of each model; what the platform file says unless given"
+    )
     commands.choices["results"].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
     for bound in ("first", "last"):
         commands.choices["backfill"].add_argument(bound, type=date.fromisoformat, help="a day, YYYY-MM-DD")
@@ -175,7 +178,7 @@ def study(home: Home, options: argparse.Namespace) -> int:
     with _jobs(home, site) as run:
         if options.command == "tune":
             return steps.tune(site, models, run, _step)
-        return steps.results(site, models, options.document, run, _step)
+        return steps.results(site, models, options.document, run, _step, options.seeds)
 
 
 def backfill(home: Home, site: Site, job: str, first: date, last: date) -> int:

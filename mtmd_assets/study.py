@@ -64,8 +64,15 @@ def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:
             run("data", first, days[-1])
 
 
-def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step) -> int:
-    """Train and score every model on its evaluation days, compare them, write the document, print the headline."""
+def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, seeds: int = 0) -> int:
+    """Train and score every model on its evaluation days, compare them, write the document, print the headline.
+
+    Args:
+        seeds: how many of each model; 0 is what the platform file says.
+
+    Raises:
+        PlatformError: no model beside mtmd, fewer than one seed, or as `evaluation_days`.
+    """
     from mtmd_assets import results as writer
     from mtmd_assets.assets.experiments import compared_days, op_name
 
@@ -75,10 +82,13 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     on_day = {day: ["mtmd", *of_day] for day, of_day in on_day.items() if of_day}
     if not on_day:
         raise PlatformError("--models: mtmd is compared with others, name one")
+    if seeds < 0:
+        raise PlatformError(f"--seeds must be 1 or more, got {seeds}")
+    seeds = seeds or site.platform.experiments.seeds
     build_days(site, list(on_day), run, step)
     for day, of_day in on_day.items():
-        with step(f"train {len(of_day)} models with {site.platform.experiments.seeds} seeds and score {day}"):
-            run("experiments", day, config={"ops": {op_name(site): {"config": {"models": of_day}}}})
+        with step(f"train {len(of_day)} models with {seeds} seeds and score {day}"):
+            run("experiments", day, config={"ops": {op_name(site): {"config": {"models": of_day, "seeds": seeds}}}})
     with step("compare"):
         run("improvements", days[-1])
     writer.write_sections(document, site)

@@ -210,6 +210,23 @@ def test_mtmd_alone_has_nothing_to_be_compared_with(studied):
         study.results(studied.site, ["mtmd"], studied.document, studied.run_step, quiet)
 
 
+def test_as_many_seeds_as_are_asked_for_are_trained(studied, tmp_path):
+    asked = []
+
+    def run(job, first, last=None, only=(), config=None):
+        if config is not None:
+            asked.append(config["ops"]["adworld_train_and_score"]["config"]["seeds"])
+
+    def results(seeds):
+        study.results(studied.site, ["no_routing"], tmp_path / "results.md", run, quiet, seeds)
+
+    results(0)
+    results(1)
+    assert asked == [2, 1]
+    with pytest.raises(PlatformError, match="--seeds must be 1 or more, got -1"):
+        results(-1)
+
+
 def test_the_platform_file_can_name_the_last_evaluation_day(studied):
     platform = studied.site.platform
 
