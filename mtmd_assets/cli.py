@@ -2,7 +2,7 @@
 
 mtmd demo [--platform NAME] [--data FOLDER]   build days, train, evaluate, print the scoreboard
 mtmd backfill FIRST LAST [--platform NAME]    build days without the UI: --job data, models or daily
-mtmd results [--platform NAME] [--models M]   train MTMD and its contenders, write docs/results.md
+mtmd results [--platform NAME] [--models M]   MTMD against contenders and ablations, into docs/results.md
 mtmd tune [--platform NAME]                   the search behind their settings
 mtmd register FILE [--data FOLDER]            add a platform to the home
 mtmd scoreboard [--platform NAME]             LogMAE by slice and task, of every evaluated day
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name).add_argument("--platform", default=ALWAYS)
     for name in ("demo", "results", "tune"):
         commands.choices[name].add_argument("--data", help="the folder of the platform's logs, where it needs one")
-    for name, models in (("results", "contenders"), ("tune", "mtmd,contenders")):
+    for name, models in (("results", "all"), ("tune", "mtmd,contenders")):
         commands.choices[name].add_argument(
             "--models",
             default=models,
-            help="comma-separated; also contenders, and of results ablations and all; %(default)s unless given",
+            help="comma-separated, in which contenders, and of results ablations and all, stand for many; %(default)s unless given",
         )
     commands.choices["results"].add_argument(
         "--seeds", type=int, default=0, help="how many of each model; what the platform file says unless given"

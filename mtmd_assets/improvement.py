@@ -3,13 +3,11 @@
 A cell is a surface x product x task. Its LogMAE is the mean over the seeds of the mean |ln p - ln t| over its rows of
 all evaluation days together, and improvement = (contender - mtmd) / contender: 0.1 means an error 10 % lower.
 
-Shapes: N prediction rows of one model and seed, U users, C cells, S seeds, B replicates, K = C x G numbers a replicate
-with G groups of a cell's rows (its buckets 0..4 and, last, all its rows), L lines of the table (cells and means).
+Shapes: N prediction rows of one model and seed, U users, C cells, D days, S seeds, B replicates, K = C x G numbers a
+replicate with G groups of a cell's rows (its buckets 0..4 and, last, all its rows), L lines of the table (cells and means).
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +15,17 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from mtmd_assets.intervals import (
+    Array,
+    degrees_of_freedom,
+    joint_interval,
+    pointwise_interval,
+    resample_counts,
+    resampled_sums,
+    seed_shares,
+)
 from mtmd_model.metrics import log_error
 
-Array = NDArray[np.float64]
 Verdict = Literal["better", "worse", "no clear difference"]
 
 CELL = ("surface", "product", "task")
@@ -34,11 +40,6 @@ BUCKETS = 5
 GROUPS = BUCKETS + 1
 ALL = BUCKETS
 """The group of all rows."""
-
-_BLOCK = 250
-"""Replicates multiplied at once: 30 MB of counts for 30,000 users."""
-_ROUNDING = 1e-5
-"""A cell whose replicates differ by less, beside 1 + |improvement|, has no spread but that of float32 sums."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class _LogMAE:
 
     value_CG: Array
     replicates_BCG: Array
+    of_training_DSCG: Array
+    """What each training adds: the sum over the days, averaged over the seeds, is the value."""
 
 
 def improvement_table(
@@ -73,11 +76,10 @@ def improvement_table(
     """Improvement of every cell and its buckets 0..4, and its means over cells, with 95 % intervals.
 
     The bootstrap resamples users with replacement (a user's rows of all days, cells, tasks, seeds and both models go
-    together) and, for each model by itself, its seeds. A group that no resampled user has a row in is left out of that
-    replicate. The resamples depend on `seed`, the users and the number of seeds alone, so that tables of several
-    contenders share those of mtmd.
-
-    The bootstrap of so few seeds needs two corrections, see `seed_shares`; one seed says nothing about seeds at all.
+    together) and, for each model and day by itself, its seeds (`intervals`): a model of one day and seed is a training of
+    its own. A group that no resampled user has a row in is left out of that replicate. The resamples depend on `seed`, the
+    users and the numbers of days and seeds alone, so that tables of several contenders share those of mtmd. Days are not
+    resampled. One seed says nothing about seeds: its intervals are of these trainings, and none is simultaneous.
 
     Args:
         mtmd: a row a seed x day x impression x task: `COLUMNS`, with score and probability in [0, 1] and bucket 0..9,
@@ -98,8 +100,8 @@ def improvement_table(
         - mtmd, contender_logmae: LogMAE, of a mean the unweighted mean of its cells' LogMAEs
         - improvement: fraction, null without rows or where the contender makes no error; of a mean the unweighted mean
           of its cells' improvements, which is not that of its two LogMAEs
-        - low, high: pointwise, percentiles 2.5 and 97.5 of the replicates
-        - joint_low, joint_high: simultaneous over the family's cells (`joint_interval`); null elsewhere
+        - low, high: pointwise (`pointwise_interval`)
+        - joint_low, joint_high: simultaneous over the family's cells (`joint_interval`); null elsewhere, and with one seed
 
     Raises:
         ValueError: a column or every row is missing, a value is missing or out of range, a row comes twice, or the two
@@ -115,24 +117,26 @@ def improvement_table(
     users_BU = resample_counts(rng, rows.users, replicates)
     count_UK = _sums(rows)
     count_BK = resampled_sums(users_BU, count_UK)
-    m, c = (
-        _logmae(
-            frame, who, seeds, rows, users_BU, count_UK, count_BK, seed_shares(rng, len(seeds), replicates, models=2)
-        )
-        for who, frame in models.items()
-    )
+    m, c = (_logmae(frame, who, seeds, rows, users_BU, count_BK, rng) for who, frame in models.items())
 
     count_UCG = count_UK.reshape(rows.users, -1, GROUPS)
     rows_CG = count_UCG.sum(axis=0)
     family_C = rows_CG[:, ALL] >= min_rows
     names, members_LC = _lines(rows.cells, family_C)
     value_CG, value_BCG = improvement(m.value_CG, c.value_CG), improvement(m.replicates_BCG, c.replicates_BCG)
-    low_LG, high_LG = percentile_interval(mean_over(members_LC, value_BCG))
+    value_LG, value_BLG = mean_over(members_LC, value_CG), mean_over(members_LC, value_BCG)
+    of_training = [
+        mean_over(members_LC, model.of_training_DSCG * slope_CG)
+        for model, slope_CG in zip((m, c), _slopes(m.value_CG, c.value_CG), strict=True)
+    ]
+    freedom_LG = degrees_of_freedom(value_BLG, np.concatenate(of_training))
+    low_LG, high_LG = pointwise_interval(value_LG, value_BLG, freedom_LG)
     joint_low_LG, joint_high_LG = np.full((2, *low_LG.shape), np.nan)
-    family = np.flatnonzero(family_C)
-    joint_low_LG[family, ALL], joint_high_LG[family, ALL] = joint_interval(
-        value_CG[family, ALL], value_BCG[:, family, ALL]
-    )
+    if len(seeds) > 1:
+        family = np.flatnonzero(family_C), ALL
+        joint_low_LG[family], joint_high_LG[family] = joint_interval(
+            value_LG[family], value_BLG[:, *family], freedom_LG[family]
+        )
     counts = {
         "rows": members_LC @ rows_CG,
         "users": np.stack([(count_UCG[:, members > 0] > 0).any(axis=1).sum(axis=0) for members in members_LC]),
@@ -141,7 +145,7 @@ def improvement_table(
     numbers = {
         "mtmd": mean_over(members_LC, m.value_CG),
         "contender_logmae": mean_over(members_LC, c.value_CG),
-        "improvement": mean_over(members_LC, value_CG),
+        "improvement": value_LG,
         "low": low_LG,
         "high": high_LG,
         "joint_low": joint_low_LG,
@@ -171,43 +175,10 @@ def improvement(mtmd: Array, contender: Array) -> Array:
         return np.where(contender > 0, (contender - mtmd) / contender, np.nan)
 
 
-def resample_counts(rng: np.random.Generator, n: int, replicates: int) -> NDArray[np.uint8]:
-    """(B, n) how often each of n things is drawn in n draws with replacement; above 255 with probability 1e-500."""
-    counts = np.empty((replicates, n), np.uint8)
-    for b in range(replicates):
-        counts[b] = np.bincount(rng.integers(n, size=n), minlength=n)
-    return counts
-
-
-def seed_shares(rng: np.random.Generator, seeds: int, replicates: int, models: int) -> Array:
-    """(B, S) the share of each seed in a replicate's mean; a row sums to 1, and shares may be below 0.
-
-    S seeds drawn S times have too small a variance, by (S - 1) / S: S - 1 are drawn. And an interval of normal length is
-    too short for a variance that is itself known from S values: the distance from the mean is stretched to Student's t.
-    Where nothing but normal differences between seeds matters, three seeds' intervals of 95 % then cover the truth in 93
-    to 96 % of the cases (`tests/test_improvement.py`), and in four fifths without.
-
-    Args:
-        models: that have `seeds` trainings each, all of which a difference depends on: (S - 1) degrees of freedom each.
-
-    Source: Rao and Wu, JASA 83 (1988), for the number of draws; Hesterberg, The American Statistician 69 (2015), for
-    the stretched interval.
-    """
-    if seeds == 1:
-        return np.ones((replicates, 1))
-    from scipy.stats import norm, t
-
-    draws = seeds - 1
-    stretch = t.ppf(0.975, models * (seeds - 1)) / norm.ppf(0.975)
-    drawn_BS = rng.multinomial(draws, np.full(seeds, 1 / seeds), size=replicates) / draws
-    return np.asarray(1 / seeds + stretch * (drawn_BS - 1 / seeds))
-
-
-def resampled_sums(counts_BU: NDArray[np.uint8], sums_UK: Array) -> Array:
-    """(B, K) counts @ sums, multiplied in float32 (relative error near 1e-6), a block of replicates at a time."""
-    m_UK = sums_UK.astype(np.float32)
-    blocks = (counts_BU[b : b + _BLOCK].astype(np.float32) for b in range(0, len(counts_BU), _BLOCK))
-    return np.concatenate([block @ m_UK for block in blocks]).astype(np.float64)
+def _slopes(mtmd: Array, contender: Array) -> tuple[Array, Array]:
+    """Of `improvement` by each LogMAE, NaN where it is."""
+    contender = np.where(contender > 0, contender, np.nan)
+    return -1 / contender, mtmd / contender**2
 
 
 def mean_over(members_LC: Array, x_CG: Array) -> Array:
@@ -219,32 +190,6 @@ def mean_over(members_LC: Array, x_CG: Array) -> Array:
     """
     with np.errstate(invalid="ignore"):
         return (members_LC @ np.nan_to_num(x_CG)) / (members_LC @ np.isfinite(x_CG))
-
-
-def percentile_interval(replicates: Array, level: float = 0.95) -> tuple[Array, Array]:
-    """Pointwise interval: the quantiles (1 -+ level) / 2 over the first axis, NaNs left out."""
-    with _silent():
-        low, high = np.nanquantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
-
-
-def joint_interval(value_C: Array, replicates_BC: Array, level: float = 0.95) -> tuple[Array, Array]:
-    """Simultaneous interval value -+ q se: it covers all C true values at once in `level` of the data sets.
-
-    se_c is the standard deviation of cell c's replicates, t_b = max_c |replicate_bc - value_c| / se_c and q the `level`
-    quantile of t, NaNs left out. A cell without spread (one user and seed) has no width and does not enter t.
-
-    Source: max-t bootstrap, Westfall and Young, Resampling-Based Multiple Testing (1993); Romano and Wolf,
-    Econometrica 73 (2005).
-    """
-    if not len(value_C):
-        return value_C, value_C
-    with _silent():
-        se_C = np.nanstd(replicates_BC, axis=0, ddof=1)
-        scale_C = np.where(se_C > _ROUNDING * (1 + np.abs(value_C)), se_C, np.nan)
-        t_B = np.nanmax(np.abs(replicates_BC - value_C) / scale_C, axis=1)
-        q = np.nan_to_num(np.nanquantile(t_B, level))
-    return value_C - q * se_C, value_C + q * se_C
 
 
 def _checked(frame: pl.DataFrame, who: str) -> pl.DataFrame:
@@ -324,21 +269,30 @@ def _logmae(
     seeds: list[int],
     rows: _Rows,
     users_BU: NDArray[np.uint8],
-    count_UK: Array,
     count_BK: Array,
-    shares_BS: Array,
+    rng: np.random.Generator,
 ) -> _LogMAE:
     """LogMAE of one model and its replicates; ValueError if a seed's rows are not the shared ones."""
-    value_K, value_BK = np.zeros(count_UK.shape[1]), np.zeros_like(count_BK)
-    target_N = rows.table["score"].to_numpy()
+    target_N, day_N = rows.table["score"].to_numpy(), rows.table["day"].rank("dense").to_numpy() - 1
+    days, count_K = int(day_N.max()) + 1, _sums(rows).sum(axis=0)
+    shares_DBS = [seed_shares(rng, len(seeds), len(users_BU)) for _ in range(days)]
+    value_BK, of_training_DSK = np.zeros_like(count_BK), np.empty((days, len(seeds), len(count_K)))
     for s, seed in enumerate(seeds):
         table = _of_seed(frame, seed)
         _require_same(table.select(rows.table.columns), rows.table, f"{who}, seed {seed},")
-        error_UK = _sums(rows, log_error(table["probability"].to_numpy(), target_N))
-        with np.errstate(invalid="ignore"):
-            value_K += error_UK.sum(axis=0) / count_UK.sum(axis=0) / len(seeds)
-            value_BK += shares_BS[:, [s]] * (resampled_sums(users_BU, error_UK) / count_BK)
-    return _LogMAE(value_K.reshape(-1, GROUPS), value_BK.reshape(len(value_BK), -1, GROUPS))
+        error_N = log_error(table["probability"].to_numpy(), target_N)
+        for d, shares_BS in enumerate(shares_DBS):
+            error_UK = _sums(rows, np.where(day_N == d, error_N, 0))
+            with np.errstate(invalid="ignore"):
+                of_training_DSK[d, s] = error_UK.sum(axis=0) / count_K
+                value_BK += shares_BS[:, [s]] * (resampled_sums(users_BU, error_UK) / count_BK)
+    value_K = of_training_DSK.sum(axis=0).mean(axis=0)
+    shape = -1, GROUPS
+    return _LogMAE(
+        value_K.reshape(shape),
+        value_BK.reshape(len(value_BK), *shape),
+        of_training_DSK.reshape(days, len(seeds), *shape),
+    )
 
 
 def _lines(cells: pl.DataFrame, family_C: NDArray[np.bool_]) -> tuple[list[tuple[str | None, ...]], Array]:
@@ -362,11 +316,3 @@ def _table(
     whole = {name: x_LG[:, order].ravel().astype(np.int64) for name, x_LG in counts.items()}
     real = {name: pl.Series(x_LG[:, order].ravel()).fill_nan(None) for name, x_LG in numbers.items()}
     return index.with_columns(**{name: pl.Series(x) for name, x in whole.items()}, **real)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """No warnings about columns of NaN alone: their result is NaN."""
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield

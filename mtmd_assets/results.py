@@ -22,6 +22,7 @@ from mtmd_assets.domain_shift import domain_shifts
 from mtmd_assets.home import Site
 from mtmd_assets.improvement import verdict
 from mtmd_assets.pictures import markdown_table
+from mtmd_model.metrics import FLOOR
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -63,29 +64,29 @@ def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
     compared = _compared(con, CONTENDERS)
     if compared is None:
         return []
-    first, last = compared
+    first, last, seeds = compared
     return [
         f"## {site.platform.name}",
-        _setting(con, site, CONTENDERS, first, last),
+        _setting(con, site, CONTENDERS, first, last, seeds),
         "### Against the contenders",
         HOW_TO_READ,
         headline(con, CONTENDERS),
         *_tasks(con, site),
         "### Every cell",
-        _cells(con, site),
+        _cells(con, site, first, last, seeds),
         "### Parameters",
-        _parameters(con, site, first, last),
+        _parameters(con, site, first, last, seeds),
         "### Calibration",
-        _calibration(con, first, last),
+        _calibration(con, first, last, seeds),
         "### Who the routers use",
-        _routing(con, first, last),
+        _routing(con, first, last, seeds),
     ]
 
 
-def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date, date] | None:
-    """First and last evaluation day of what was compared of some models; None if nothing was."""
+def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date, date, int] | None:
+    """First and last evaluation day of what was compared of some models, and how many seeds; None if nothing was."""
     [span] = con.execute(
-        "SELECT min(eval_start), max(eval_end) FROM improvements WHERE list_contains($models, contender)",
+        "SELECT min(eval_start), max(eval_end), max(seeds) FROM improvements WHERE list_contains($models, contender)",
         {"models": list(models)},
     ).fetchall()
     return None if span[0] is None else span
@@ -94,8 +95,9 @@ def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date,
 HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
 the pooled rows of the evaluation days, the mean of the seeds. The mean is unweighted over the cells with at least {MIN_ROWS}
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
-simultaneous (max-t) intervals. Where seeds are few it is corrected for that (`seed_shares` in
-`mtmd_assets/improvement.py`); days are not resampled."""
+simultaneous (max-t) intervals, with Student's t for what few seeds say (`mtmd_assets/intervals.py`); days are not
+resampled. Beside a cell's LogMAE are those of two constants, the slice's own mean and geometric median over the window.
+The intervals of cells with few rows are pointwise."""
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
@@ -108,7 +110,9 @@ the platform file said and the best two others on every tuning day with two seed
 leaves out: [experiments.md](experiments.md)."""
 
 
-def _setting(con: "DuckDBPyConnection", site: Site, models: Collection[str], first: date, last: date) -> str:
+def _setting(
+    con: "DuckDBPyConnection", site: Site, models: Collection[str], first: date, last: date, seeds: int
+) -> str:
     of_these = {"models": list(models), "first": first, "last": last}
     windows = con.execute(
         """SELECT DISTINCT window_start, window_end FROM experiment_models
@@ -120,11 +124,11 @@ def _setting(con: "DuckDBPyConnection", site: Site, models: Collection[str], fir
         WHERE ds BETWEEN $first AND $last AND (model = 'mtmd' OR list_contains($models, model)) ORDER BY 1""",
         of_these,
     ).fetchall()
-    [(result_id, seeds, rows)] = con.execute(
-        """SELECT any_value(result_id), max(seeds), max(rows) FROM (
-            SELECT any_value(result_id) AS result_id, max(seeds) AS seeds, sum(rows) AS rows
+    [(result_id, rows)] = con.execute(
+        """SELECT any_value(result_id), max(rows) FROM (
+            SELECT any_value(result_id) AS result_id, sum(rows) AS rows
             FROM (
-                SELECT contender, surface, product, any_value(result_id) AS result_id, max(seeds) AS seeds, max(rows) AS rows
+                SELECT contender, surface, product, any_value(result_id) AS result_id, max(rows) AS rows
                 FROM improvements
                 WHERE list_contains($models, contender) AND bucket IS NULL AND surface IS NOT NULL
                 GROUP BY ALL
@@ -214,9 +218,17 @@ slices count for more (without an interval)."""
     return [words, markdown_table(header, rows)]
 
 
-def _cells(con: "DuckDBPyConnection", site: Site) -> str:
-    """Every slice x task: LogMAE of mtmd, improvement over each contender with its simultaneous interval."""
+def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds: int) -> str:
+    """Every slice x task: LogMAE of mtmd and the constants, improvement over each contender with its interval."""
     rows: list[list[object]] = []
+    pooled = con.execute(
+        """SELECT (model, surface, product, task), sum(rows * logmae) / sum(rows), max(floored) FROM experiment_slice_metrics
+        WHERE ds BETWEEN ? AND ? AND seed < ? AND bucket IS NULL AND model IN ('mtmd', 'constant', 'constant_median')
+        GROUP BY ALL""",
+        [first, last, seeds],
+    ).fetchall()
+    logmae = {key: value for key, value, _ in pooled}
+    floored = max(share for (model, *_), _, share in pooled if model == "mtmd")
     contenders = [c for c in CONTENDERS if _rows(con, "contender = $model AND surface IS NULL", model=c)]
     found = {
         (r["contender"], r["surface"], r["product"], r["task"]): r
@@ -226,24 +238,29 @@ def _cells(con: "DuckDBPyConnection", site: Site) -> str:
         for task in site.platform.task_names:
             cells = [found.get((c, surface, product, task)) for c in contenders]
             if cells and cells[0] is not None:
+                keys = [(model, surface, product, task) for model in ("constant", "constant_median")]
+                constants = [f"{logmae[key]:.4f}" if key in logmae else "" for key in keys]
                 numbers = ["" if c is None else _cell(c) for c in cells]
-                rows.append([surface, product, task, cells[0]["rows"], f"{cells[0]['mtmd']:.4f}", *numbers])
-    header = ["surface", "product", "task", "rows", "mtmd LogMAE", *(f"over {c}" for c in contenders)]
-    return markdown_table(header, rows)
+                rows.append([surface, product, task, cells[0]["rows"], f"{cells[0]['mtmd']:.4f}", *constants, *numbers])
+    header = ["surface", "product", "task", "rows", "mtmd LogMAE", "mean", "median", *(f"over {c}" for c in contenders)]
+    words = f"LogMAE's floor of {FLOOR:g} touches at most {floored:.2%} of mtmd's rows in a cell of a day."
+    return f"{words}\n\n{markdown_table(header, rows)}"
 
 
 def _cell(row: dict[str, Any]) -> str:
+    if row["seeds"] == 1:
+        return f"{row['improvement']:+.1%} (one seed)"
     if row["joint_low"] is None:
-        return f"{row['improvement']:+.1%} (few rows)"
+        return f"{_interval(row)} (few rows)"
     mark = {"better": "", "worse": " **worse**", "no clear difference": " ~"}[verdict(row)]
     return f"{row['improvement']:+.1%} [{row['joint_low']:+.1%}, {row['joint_high']:+.1%}]{mark}"
 
 
-def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) -> str:
+def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds: int) -> str:
     rows = con.execute(
         """SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config), list(model_version)
-        FROM experiment_models WHERE ds BETWEEN ? AND ? GROUP BY model ORDER BY model""",
-        [first, last],
+        FROM experiment_models WHERE ds BETWEEN ? AND ? AND seed < ? GROUP BY model ORDER BY model""",
+        [first, last, seeds],
     ).fetchall()
     order = {m: n for n, m in enumerate(("mtmd", *CONTENDERS, *ABLATIONS))}
     table = [
@@ -253,7 +270,7 @@ def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) 
     ]
     weights = _task_weights(site, [version for row in rows for version in row[-1]])
     counts = {model: (embedding, dense) for model, embedding, dense, *_ in rows}
-    words = f"""Parameters, the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
+    words = f"""Parameters (of embedding tables the rows that training has met), the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
 that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{weights}{_beside_slice_towers(counts)}"""
     return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
 
@@ -373,10 +390,10 @@ largest standard deviation over the smallest one of {spread:.2f}. The five most 
     return f"{words}\n\n{markdown_table(header, rows)}"
 
 
-def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
+def _calibration(con: "DuckDBPyConnection", first: date, last: date, seeds: int) -> str:
     """Sum of probabilities over sum of scores, a cell with enough rows: mtmd with intervals, its contenders beside it."""
     compared = [c for c in CONTENDERS if _rows(con, "contender = $model AND surface IS NULL", model=c)]
-    found = {model: _calibrations(con, model, first, last) for model in ("mtmd", *compared)}
+    found = {model: _calibrations(con, model, first, last, seeds) for model in ("mtmd", *compared)}
     cells = [cell for cell, r in found["mtmd"].items() if r["rows"] >= CALIBRATED_ROWS]
     inside = {m: sum(0.95 <= of[cell]["calibration"] <= 1.05 for cell in cells) for m, of in found.items()}
     counts = ", ".join(f"{n} of {model}" for model, n in inside.items())
@@ -393,36 +410,36 @@ are 95 %, pointwise, from a bootstrap over users and seeds; of mtmd's, {beyond o
 
 
 def _calibrations(
-    con: "DuckDBPyConnection", model: str, first: date, last: date
+    con: "DuckDBPyConnection", model: str, first: date, last: date, seeds: int
 ) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Surface, product, task -> a model's line of `calibration_table`."""
     sums = con.sql(
-        """SELECT seed, user_id, surface, product, task, count(*) AS rows, sum(probability) AS predicted, sum(score) AS scored
-        FROM experiment_predictions WHERE model = $model AND ds BETWEEN $first AND $last GROUP BY ALL""",
-        params={"model": model, "first": first, "last": last},
+        """SELECT ds AS day, seed, user_id, surface, product, task, count(*) AS rows, sum(probability) AS predicted, sum(score) AS scored
+        FROM experiment_predictions WHERE model = $model AND ds BETWEEN $first AND $last AND seed < $seeds GROUP BY ALL""",
+        params={"model": model, "first": first, "last": last, "seeds": seeds},
     ).pl()
     return {(r["surface"], r["product"], r["task"]): r for r in calibration_table(sums).iter_rows(named=True)}
 
 
-def _routing(con: "DuckDBPyConnection", first: date, last: date) -> str:
+def _routing(con: "DuckDBPyConnection", first: date, last: date, seeds: int) -> str:
     cursor = con.execute(
         f"""PIVOT (SELECT tower, domain, task, expert, avg(mean_gate) AS gate, round(avg(entropy), 6) AS entropy, round(avg(entropy_of_mean), 6) AS of_mean
-            FROM experiment_routing_metrics WHERE ds BETWEEN '{first}' AND '{last}' GROUP BY ALL)
+            FROM experiment_routing_metrics WHERE ds BETWEEN '{first}' AND '{last}' AND seed < {seeds} GROUP BY ALL)
         ON expert USING first(gate) ORDER BY tower DESC, domain, task"""
     )
     header = [c[0] for c in cursor.description]
     rows = [[f"{v:.3f}" if isinstance(v, float) else v for v in row] for row in cursor.fetchall()]
     words = f"""Mean gate by expert over the days and seeds; entropy of a row's gates and of the mean gates, in nats (ln 3 = 1.099 is
-uniform). {_signatures(con, first, last)} A uniform router weighs its experts equally, as the ablation `no_routing` does for
+uniform). {_signatures(con, first, last, seeds)} A uniform router weighs its experts equally, as the ablation `no_routing` does for
 good."""
     return f"{words}\n\n{markdown_table(header, rows)}"
 
 
-def _signatures(con: "DuckDBPyConnection", first: date, last: date) -> str:
+def _signatures(con: "DuckDBPyConnection", first: date, last: date, seeds: int) -> str:
     """How many routers of all days and seeds show a failure signature, by its name."""
     models = con.sql(
-        "FROM experiment_routing_metrics WHERE ds BETWEEN $first AND $last ORDER BY tower, domain, task",
-        params={"first": first, "last": last},
+        "FROM experiment_routing_metrics WHERE ds BETWEEN $first AND $last AND seed < $seeds ORDER BY tower, domain, task",
+        params={"first": first, "last": last, "seeds": seeds},
     ).pl()
     routers = models.n_unique(["model_version", "tower", "domain", "task"])
     found: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """MMOE-DCN: the two-tower that followed MTMD at Pinterest (engineering post of 2026-02-13).
 
 A mixture of experts shared by all domains, a gate a task; full-rank and low-rank cross layers in each expert; no
-domain modules. The post gives no sizes: they are tuned like every contender's.
+domain modules. The post gives no sizes; what the search tries of them is in `mtmd_assets/tuning.py`.
 
 Shapes: B rows, E experts, T tasks, D width of a task's stored vector.
 """

@@ -173,6 +173,7 @@ def train(
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(config.seed)
         model = build(config.architecture, encoder, config.model)
+        model.begin_training()
         weight_SP = torch.zeros(len(schema.surfaces), len(schema.products), dtype=torch.float64)
         # one pass for both: the window may lie in its files
         blocks = (_weigh(block, weight_SP) for block in data.blocks(data.window))

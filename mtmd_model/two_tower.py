@@ -68,7 +68,16 @@ class TwoTower(nn.Module):
 
     def embedding_tables(self) -> list[nn.Parameter]:
         """The parameters that are embedding tables; all others count as dense."""
-        return [p for m in self.modules() if isinstance(m, FeatureEmbeddings) for p in m.tables.parameters()]
+        return [p for m in self.feature_embeddings() for p in m.tables.parameters()]
+
+    def feature_embeddings(self) -> list[FeatureEmbeddings]:
+        """What holds the tables, one a tower."""
+        return [m for m in self.modules() if isinstance(m, FeatureEmbeddings)]
+
+    def begin_training(self) -> None:
+        """Training begins: no row of a table has been met."""
+        for embeddings in self.feature_embeddings():
+            embeddings.meet_nothing()
 
     def matrices(self) -> list[nn.Parameter]:
         """The weight matrices of the linear maps, the parameters that decay."""
@@ -117,6 +126,7 @@ def dot_products(query: Mapping[str, Tensor], item: Mapping[str, Tensor]) -> Ten
 
 
 def count_parameters(model: TwoTower) -> dict[str, int]:
-    """{"embedding": numbers in embedding tables, "dense": all others}."""
-    embedding = sum(p.numel() for p in model.embedding_tables())
-    return {"embedding": embedding, "dense": sum(p.numel() for p in model.parameters()) - embedding}
+    """{"embedding": numbers in the rows of embedding tables that training has met, "dense": all outside of tables}."""
+    in_tables = sum(p.numel() for p in model.embedding_tables())
+    met = sum(m.trained_parameters() for m in model.feature_embeddings())
+    return {"embedding": met, "dense": sum(p.numel() for p in model.parameters()) - in_tables}

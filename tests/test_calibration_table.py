@@ -12,6 +12,7 @@ def sums(ratio_SU: np.ndarray, scored_U: np.ndarray) -> pl.DataFrame:
     seeds, users = ratio_SU.shape
     return pl.DataFrame(
         {
+            "day": 1,
             "seed": np.repeat(np.arange(seeds), users),
             "user_id": np.tile(np.arange(users), seeds),
             "surface": "s",
@@ -59,3 +60,22 @@ def test_seeds_that_differ_widen_it():
 def test_a_cell_without_a_score_has_none():
     [row] = calibration_table(sums(np.ones((2, 3)), np.zeros(3)), replicates=10).iter_rows(named=True)
     assert np.isnan([row["calibration"], row["low"], row["high"]]).all()
+
+
+def test_days_are_trainings_of_their_own():
+    """The same spread of seeds on two days, the other way round on the second: the seeds' sums are alike, the trainings
+    are not."""
+    one = sums(np.outer([0.9, 1.1], np.ones(50)), np.ones(50))
+    two = sums(np.outer([1.1, 0.9], np.ones(50)), np.ones(50)).with_columns(day=2)
+    [row] = calibration_table(pl.concat([one, two])).iter_rows(named=True)
+    assert row["calibration"] == pytest.approx(1)
+    assert row["rows"] == 1000
+    # each day's mean has a standard error of 0.1, and the mean of both 0.1 / sqrt(2), with two degrees of freedom
+    assert row["high"] - row["low"] == pytest.approx(2 * 4.303 * 0.1 / np.sqrt(2), rel=0.1)
+
+
+def test_seeds_of_other_rows_are_refused():
+    frame = sums(np.ones((2, 3)), np.ones(3))
+    for other in (frame.slice(1), frame.with_columns(rows=pl.Series([10, 10, 10, 10, 10, 9]))):
+        with pytest.raises(ValueError, match=r"the seeds \[0, 1\] differ in their rows"):
+            calibration_table(other, replicates=10)

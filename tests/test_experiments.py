@@ -48,6 +48,14 @@ def test_every_model_is_trained_with_every_seed_on_the_window_before(studied):
     assert rows == sorted((d, m, s, starts[d], ends[d]) for d in DAYS for m in OF_DAY[d] for s in (0, 1))
 
 
+def test_trainings_of_different_days_have_different_seeds_and_name_their_ranker(studied):
+    rows = query(studied, "SELECT model, seed, config, ranker_versions FROM experiment_models")
+    seeds = [(model, json.loads(config)["seed"]) for model, _, config, _ in rows]
+    assert len(set(seeds)) == len(rows), "of each model, day and seed"
+    [(versions,)] = query(studied, "SELECT list(DISTINCT ranker_version ORDER BY ranker_version) FROM joined_examples")
+    assert {tuple(v) for *_, v in rows} == {tuple(versions)}
+
+
 def test_every_model_scores_every_row_with_every_task_of_its_slice(studied):
     counts = query(
         studied,
@@ -76,7 +84,7 @@ def test_metrics_of_each_seed_are_its_own(studied):
             FROM experiment_predictions GROUP BY ALL
         ) AS p USING (ds, model, seed, surface, product, task) WHERE m.bucket IS NULL""",
     )
-    assert (cells, off) == (sum(map(len, OF_DAY.values())) * 2 * 18, 0)
+    assert (cells, off) == (sum(map(len, OF_DAY.values())) * 2 * 18, 0), "the constants have no predictions"
     [(smallest, largest)] = query(
         studied,
         "SELECT min(n), max(n) FROM (SELECT count(*) AS n FROM experiment_slice_metrics WHERE bucket IS NOT NULL "
@@ -86,7 +94,8 @@ def test_metrics_of_each_seed_are_its_own(studied):
 
 
 def test_the_view_shows_experiments_beside_the_daily_evaluation(studied):
-    assert {m for (m,) in query(studied, "SELECT DISTINCT model FROM slice_metrics")} == set(TRAINED)
+    models = {m for (m,) in query(studied, "SELECT DISTINCT model FROM slice_metrics")}
+    assert models == {*TRAINED, "constant", "constant_median"}
 
 
 def test_improvements_equal_a_computation_by_hand(studied):

@@ -1,11 +1,16 @@
 """docs/results.md says what the tables of the experiments say."""
 
 import re
+import shutil
+from datetime import timedelta
+
+import numpy as np
 
 from checks import routing
 from mtmd_assets import model_store, results
+from mtmd_assets.home import Home
 from tests.studied import DAYS
-from tests.worlds import query
+from tests.worlds import Runner, query, show_failure
 
 
 def test_the_document_says_what_the_tables_say(studied):
@@ -57,6 +62,54 @@ def test_an_ablation_has_an_interval_in_each_bucket_and_its_cells_by_slice(studi
     assert line.split(" | ")[4].startswith(f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]")
 
 
+def test_each_cell_has_its_constants_and_the_share_that_the_floor_touched(studied):
+    text = studied.document.read_text()
+    scores = """SELECT score_gctr FROM joined_examples
+        WHERE surface = 'search' AND product = 'standard' AND ds BETWEEN ? AND ?"""
+    errors, floored = [], 0.0
+    for day in DAYS:
+        window = [day - timedelta(n) for n in (3, 1)]
+        mean = np.mean(query(studied, scores, *window))
+        t = np.array(query(studied, scores, day, day))
+        errors.append(np.abs(np.log(np.maximum(t, 1e-6)) - np.log(mean)))
+    [line] = [line for line in text.splitlines() if line.startswith("| search | standard | gctr |")][:1]
+    assert line.split(" | ")[5] == f"{np.concatenate(errors).mean():.4f}"
+    [(floored,)] = query(
+        studied, "SELECT max(floored) FROM experiment_slice_metrics WHERE model = 'mtmd' AND bucket IS NULL"
+    )
+    assert f"LogMAE's floor of 1e-06 touches at most {floored:.2%} of mtmd's rows" in text
+
+
+def test_a_seed_that_not_all_days_have_is_left_out(studied, tmp_path):
+    folder = tmp_path / "home"
+    shutil.copytree(studied.site.folder.parent, folder)
+    runner = Runner(Home(folder).site("adworld"))
+    before = results.sections(runner.site)["adworld"]
+    config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd"], "seeds": 3, "workers": 1}}}}
+    result = runner.run("experiments", DAYS[1], config=config)
+    assert result.success, show_failure(result)
+    with runner.site.warehouse.connect() as con:
+        seeds = con.sql("SELECT DISTINCT seed FROM experiment_predictions WHERE model = 'mtmd' ORDER BY ALL").fetchall()
+    assert seeds == [(0,), (1,), (2,)]
+    assert results.sections(runner.site)["adworld"] == before
+
+
+def test_a_cell_has_the_interval_that_its_rows_and_seeds_allow():
+    cell = {
+        "improvement": 0.1,
+        "low": 0.05,
+        "high": 0.15,
+        "bucket": None,
+        "seeds": 3,
+        "joint_low": 0.01,
+        "joint_high": 0.2,
+    }
+    assert results._cell(cell) == "+10.0% [+1.0%, +20.0%]"
+    assert results._cell({**cell, "joint_low": -0.01}) == "+10.0% [-1.0%, +20.0%] ~"
+    assert results._cell({**cell, "joint_low": None, "joint_high": None}) == "+10.0% [+5.0%, +15.0%] (few rows)"
+    assert results._cell({**cell, "joint_low": None, "joint_high": None, "seeds": 1}) == "+10.0% (one seed)"
+
+
 def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch):
     [(routers,)] = query(
         studied, "SELECT count(DISTINCT (model_version, tower, domain, task)) FROM experiment_routing_metrics"
@@ -65,7 +118,7 @@ def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch)
 
     def text():
         with studied.site.warehouse.connect() as con:
-            return results._routing(con, DAYS[0], DAYS[-1])
+            return results._routing(con, DAYS[0], DAYS[-1], 2)
 
     # after one pass from gates that start equal, they still are
     assert f"in {routers} routers of all days and seeds: {routers} uniform." in text()
@@ -76,7 +129,7 @@ def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch)
 def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
     def of_mtmd():
         with studied.site.warehouse.connect() as con:
-            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1]).splitlines()
+            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1], 2).splitlines()
         [line] = [line for line in lines if line.startswith("| mtmd |")]
         return line.split(" | ")[4]
 
@@ -90,7 +143,7 @@ def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
 
 def test_parameters_and_weights_are_those_trained_with(studied):
     with studied.site.warehouse.connect() as con:
-        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1])
+        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1], 2)
     assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
     assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
     counts = dict(query(studied, "SELECT model, (embedding_params, dense_params) FROM experiment_models"))
@@ -119,7 +172,7 @@ def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
     monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
     with studied.site.warehouse.connect() as con:
-        text = results._calibration(con, DAYS[0], DAYS[-1])
+        text = results._calibration(con, DAYS[0], DAYS[-1], 2)
     cells = query(
         studied,
         """SELECT surface, product, task, count(*) // 2 AS n, sum(probability) / sum(score) AS calibration

@@ -14,6 +14,7 @@ from mtmd_assets.assets.scored_day import ScoredDay, scored_day_assets
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import heat_map
 from mtmd_assets.scoreboard import scoreboard
+from mtmd_model.metrics import FLOOR
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,9 +29,6 @@ TABLES = {
     "slice_metrics": "LogMAE and other distances to the heavyweight scores, a row a model x slice x task x bucket.",
     "routing_metrics": "Which experts the routers use, a row a domain x task x expert.",
 }
-
-FLOOR = 1e-6
-"""LogMAE floors both probabilities here; `slice_metrics.floored` is the share of rows it touched."""
 
 
 def evaluation_assets(site: Site) -> dg.AssetsDefinition:
@@ -47,10 +45,7 @@ def _evaluate(scored: ScoredDay) -> Iterator[Result]:
     con, stage, day, record = scored.con, scored.stage, scored.day, scored.record
     rows = con.sql("FROM evaluated").to_arrow_table()
     con.register("predicted", predictions(scored.model, "mtmd", record.version, record.seed, rows))
-    window = f"ds BETWEEN '{record.window_start}' AND '{record.window_end}'"
-    con.execute(f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE {window}")
-    con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
-    con.execute(f"CREATE TEMP VIEW scored AS FROM predicted UNION ALL BY NAME ({sql.text('constant_predictions')})")
+    create_scored(con, record.window_start, record.window_end)
     routing = [{"model_version": record.version, **row} for row in scored.model.routing(rows)]
     stage.write(con, "predictions", day, "FROM predicted")
     stage.write(con, "daily_slice_metrics", day, sql.text("cell_metrics"), {"floor": FLOOR})
@@ -59,6 +54,20 @@ def _evaluate(scored: ScoredDay) -> Iterator[Result]:
     stage.publish()
     yield from results
     yield routing_result(signatures(routing), asset_key(scored.site.platform, "routing_metrics"))
+
+
+def create_scored(con: "DuckDBPyConnection", first: date, last: date, models: str = "predicted") -> None:
+    """Leave the temp view `scored`: what models predicted, and what the constants of a window say of the same rows.
+
+    Args:
+        first: day of the window.
+        last: its last day.
+        models: the table of all predictions, where `predicted` is of one model among several.
+    """
+    window = f"ds BETWEEN '{first}' AND '{last}'"
+    con.execute(f"CREATE TEMP VIEW window_examples AS FROM joined_examples WHERE {window}")
+    con.execute(f"CREATE TEMP TABLE constants AS {sql.text('constants')}", {"floor": FLOOR})
+    con.execute(f"CREATE TEMP VIEW scored AS FROM {models} UNION ALL BY NAME ({sql.text('constant_predictions')})")
 
 
 def predictions(model: "Predictor", name: str, version: str, seed: int, rows: "pa.Table") -> "pl.DataFrame":

@@ -18,7 +18,7 @@ from pydantic import Field
 
 import sql
 from mtmd_assets.assets.common import asset_key, daily_partitions, preview
-from mtmd_assets.assets.evaluation import FLOOR, predictions
+from mtmd_assets.assets.evaluation import create_scored, predictions
 from mtmd_assets.assets.training import verify_window
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
 from mtmd_assets.faults import Withheld
@@ -27,6 +27,7 @@ from mtmd_assets.join import create_evaluated
 from mtmd_assets.platform import Platform
 from mtmd_assets.runs import sign
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
+from mtmd_model.metrics import FLOOR
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 TABLES = {
     "experiment_models": "One row a trained contender, ablation or seed, as in `models`.",
     "experiment_predictions": "As `predictions`, of every model and seed.",
-    "experiment_slice_metrics": "As the daily metrics, of every model and seed; the view `slice_metrics` has both.",
+    "experiment_slice_metrics": "As the daily metrics, of every model and seed and the constants; the view `slice_metrics` has both.",
     "experiment_routing_metrics": "Which experts the routers of each seed of mtmd use.",
 }
 
@@ -149,13 +150,15 @@ def run_experiments(
     with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
         create_evaluated(con, platform, site.warehouse, day)
         routing = _score(con, trained)
+        con.execute(f"CREATE TEMP VIEW predicted AS FROM of_models WHERE model_version = '{trained[0].version}'")
+        create_scored(con, window[0], window[-1], "of_models")
         kept = _still_current(con, site, window, day, trained, context.log.info)
         others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
         stage.write(
             con,
             "experiment_predictions",
             day,
-            f"FROM scored UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_predictions WHERE {others}",
+            f"FROM of_models UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_predictions WHERE {others}",
         )
         metrics = f"({sql.text('cell_metrics').rstrip().rstrip(';')})"
         stage.write(
@@ -165,7 +168,11 @@ def run_experiments(
             f"FROM {metrics} UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_slice_metrics WHERE {others}",
             {"floor": FLOOR},
         )
-        con.register("trained", _records(trained, window))
+        rankers = (
+            "SELECT list(DISTINCT ranker_version ORDER BY ranker_version) FROM joined_examples WHERE ds BETWEEN ? AND ?"
+        )
+        [(versions,)] = con.execute(rankers, [window[0], window[-1]]).fetchall()
+        con.register("trained", _records(trained, window, versions))
         stage.write(
             con,
             "experiment_models",
@@ -209,8 +216,16 @@ def train_models(
 def _jobs(site: Site, window: Sequence[date], models: Sequence[tuple[str, int]]) -> dict[tuple[str, int], TrainJob]:
     """(model, seed) -> its training."""
     platform = site.platform
-    configs = {f"{m}-{seed}": train_config(platform, change_of(platform, m), seed) for m, seed in models}
+    configs = {
+        f"{m}-{seed}": train_config(platform, change_of(platform, m), _training_seed(window[-1], seed))
+        for m, seed in models
+    }
     return dict(zip(models, training_jobs(site, window, configs).values(), strict=True))
+
+
+def _training_seed(last: date, seed: int) -> int:
+    """What a training is seeded with: those of different windows share nothing by chance (`intervals`)."""
+    return 1000 * last.toordinal() + seed
 
 
 def _still_current(
@@ -228,22 +243,22 @@ def _still_current(
 
 
 def _score(con: "DuckDBPyConnection", trained: Sequence[Trained]) -> list[dict[str, Any]]:
-    """Leave the temp table `scored`, in the columns of `predictions`; returns the routing of mtmd's seeds."""
+    """Leave the temp table `of_models`, in the columns of `predictions`; returns the routing of mtmd's seeds."""
     from mtmd_model import checkpoint
 
     rows = con.sql("FROM evaluated").to_arrow_table()
     routing: list[dict[str, Any]] = []
     for n, t in enumerate(trained):
         model = checkpoint.load(t.folder)
-        con.register("of_model", predictions(model, t.model, t.version, t.seed, rows))
-        con.execute(f"{'INSERT INTO scored' if n else 'CREATE TEMP TABLE scored AS'} FROM of_model")
-        con.unregister("of_model")
+        con.register("of_one", predictions(model, t.model, t.version, t.seed, rows))
+        con.execute(f"{'INSERT INTO of_models' if n else 'CREATE TEMP TABLE of_models AS'} FROM of_one")
+        con.unregister("of_one")
         if t.model == "mtmd":
             routing += [{"seed": t.seed, "model_version": t.version, **row} for row in model.routing(rows)]
     return routing
 
 
-def _records(trained: Sequence[Trained], window: Sequence[date]) -> "pl.DataFrame":
+def _records(trained: Sequence[Trained], window: Sequence[date], rankers: Sequence[str]) -> "pl.DataFrame":
     """Rows of `experiment_models`, from the models' manifests."""
     import polars as pl
 
@@ -262,7 +277,7 @@ def _records(trained: Sequence[Trained], window: Sequence[date]) -> "pl.DataFram
                 "embedding_params": manifest["params"]["embedding"],
                 "dense_params": manifest["params"]["dense"],
                 "data_hashes": json.dumps(manifest["data"]),
-                "ranker_versions": [],
+                "ranker_versions": list(rankers),
                 "code_version": manifest["code_version"],
                 "config": json.dumps(manifest["train_config"]),
                 "epochs": len(manifest["history"]),
