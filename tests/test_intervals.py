@@ -69,7 +69,7 @@ def test_joint_interval_is_wider_than_one_cells_and_as_wide_for_copies_of_a_cell
     assert joint_interval(value_C, normal_BC, many_C)[1] == pytest.approx(2.73, abs=0.12)
     assert joint_interval(value_C, np.tile(normal_BC[:, :1], 8), many_C)[1] == pytest.approx(one)
     # A constant cell neither widens the others nor gets a width, and a cell may be missing in a replicate.
-    constant = np.column_stack([normal_BC[:, 0], np.full(4000, 1e-8)])
+    constant = np.column_stack([normal_BC[:, 0], np.full(4000, 1e-12)])
     assert joint_interval(value_C[:2], constant, many_C[:2])[1] == pytest.approx([one, 0], abs=1e-9)
     gaps = np.column_stack([normal_BC[:, 0], np.where(np.arange(4000) % 2, np.nan, normal_BC[:, 0])])
     assert np.isfinite(joint_interval(value_C[:2], gaps, many_C[:2])).all()
