@@ -165,7 +165,7 @@ class SliceTowers(TwoTower):
     """One plain two-tower a slice, with tables, statistics and weights of its own: the models that MTMD replaced.
 
     They are trained side by side in one run, no parameter of one sees a row of another, and each keeps the weights
-    of its own best epoch. They read the window's vocabularies, but to each an id that its own rows lack is unknown. A vector belongs to a slice, so that both sides must be known; that of a slice without a
+    of its own best epoch. Each knows the ids that its own rows have often enough. A vector belongs to a slice, so that both sides must be known; that of a slice without a
     task is zero but for the coordinates of the bias.
     """
 
@@ -225,7 +225,7 @@ class SoftSliceTowers(SliceTowers):
     plus a deviation of its own (soft parameter sharing). What of MTMD's margin over slice towers is its architecture's
     shows here.
 
-    A common part learns from every slice, so that all stop together.
+    A common part learns from every slice, so that all stop together and know the same ids.
     """
 
     def domains(self) -> list[list[dict[str, Counterpart]]]:
@@ -241,6 +241,3 @@ class SoftSliceTowers(SliceTowers):
     def separate_parts(self) -> dict[str, Sequence[tuple[int, int]]]:
         """None."""
         return {}
-
-    def begin_training(self) -> None:
-        """A row that a slice does not meet is the common one, which other slices have trained."""

@@ -173,11 +173,11 @@ def train(
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(config.seed)
         model = build(config.architecture, encoder, config.model)
-        model.begin_training()
         weight_SP = torch.zeros(len(schema.surfaces), len(schema.products), dtype=torch.float64)
-        # one pass for both: the window may lie in its files
-        blocks = (_weigh(block, weight_SP) for block in data.blocks(data.window))
+        # one pass for all: the window may lie in its files
+        blocks = (_look(block, model, weight_SP) for block in data.blocks(data.window))
         model.bias.set(slice_logits(blocks, encoder, model.constrained))
+        model.keep_counted_ids()
         factors = slice_factors(weight_SP, config.slice_balance)
         module = RankerModule(model, config.optimiser, factors, config.id_dropout)
         if config.compile:
@@ -266,7 +266,8 @@ def _check_unchanged(hashes: Mapping[str | Path, str]) -> None:
             raise RuntimeError(f"{f} changed while it was read: train again")
 
 
-def _weigh(block: Batch, weight_SP: Tensor) -> Batch:
+def _look(block: Batch, model: TwoTower, weight_SP: Tensor) -> Batch:
+    model.count_ids(block)
     weight_SP += slice_weights(block, *weight_SP.shape)
     return block
 

@@ -74,10 +74,25 @@ class TwoTower(nn.Module):
         """What holds the tables, one a tower."""
         return [m for m in self.modules() if isinstance(m, FeatureEmbeddings)]
 
-    def begin_training(self) -> None:
-        """Training begins: no row of a table has been met."""
+    def count_ids(self, block: Batch) -> None:
+        """Count the ids of some rows of the window for the tables that will learn from them: those of a separate part from
+        its slices only."""
+        products = len(self.schema.products)
+        slice_B = block.query.domain * products + block.item.domain
+        parts = self.separate_parts()
+        for name, module in self.named_modules():
+            if isinstance(module, FeatureEmbeddings):
+                ids_BC = (block.query if module.side == "query" else block.item).ids
+                part = next((slices for prefix, slices in parts.items() if name.startswith(prefix)), None)
+                if part is not None:
+                    mine_B = torch.isin(slice_B, torch.tensor([s * products + p for s, p in part]))
+                    ids_BC = ids_BC[mine_B]
+                module.count(ids_BC)
+
+    def keep_counted_ids(self) -> None:
+        """The window is counted: ids that a part has too seldom are unknown to it."""
         for embeddings in self.feature_embeddings():
-            embeddings.meet_nothing()
+            embeddings.keep_counted()
 
     def matrices(self) -> list[nn.Parameter]:
         """The weight matrices of the linear maps, the parameters that decay."""
@@ -126,7 +141,7 @@ def dot_products(query: Mapping[str, Tensor], item: Mapping[str, Tensor]) -> Ten
 
 
 def count_parameters(model: TwoTower) -> dict[str, int]:
-    """{"embedding": numbers in the rows of embedding tables that training has met, "dense": all outside of tables}."""
+    """{"embedding": numbers in the rows of embedding tables that are in use, "dense": all outside of tables}."""
     in_tables = sum(p.numel() for p in model.embedding_tables())
-    met = sum(m.trained_parameters() for m in model.feature_embeddings())
-    return {"embedding": met, "dense": sum(p.numel() for p in model.parameters()) - in_tables}
+    in_use = sum(m.known_parameters() for m in model.feature_embeddings())
+    return {"embedding": in_use, "dense": sum(p.numel() for p in model.parameters()) - in_tables}
