@@ -41,7 +41,7 @@ class Change:
         return replace(self, model={**of_model, **self.model}, training={**others, **self.training})
 
 
-OF_MODEL = ("experts",)
+OF_MODEL = ("experts", "low_rank_layers")
 """Settings that are fields of the architecture's configuration."""
 
 ALL_EXPERTS = ("deep", "task_shared", "domain_shared", "shallow")

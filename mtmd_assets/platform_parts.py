@@ -342,6 +342,8 @@ class Contender(OwnSettings):
 
     experts: Integer | None = Field(None, gt=0)
     """Of a tower of `mmoe_dcn`."""
+    low_rank_layers: Integer | None = Field(None, ge=0)
+    """Low-rank cross layers of an expert of `mmoe_dcn`."""
     deviation: Number | None = Field(None, ge=0)
     """Of `soft_slice_towers`; the other contenders have nothing to pool."""
 

@@ -51,6 +51,8 @@ FACTORS: Mapping[str, tuple[float, ...]] = {
 """What a setting of the start is multiplied by."""
 NOT_ZERO = 0.03
 """Multiplied instead of zero."""
+DROPOUTS = (0.1, 0.05, 0.2, 0.0)
+"""Tried, in this order, with plain towers."""
 
 
 def start(platform: Platform, model: str) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def start(platform: Platform, model: str) -> dict[str, Any]:
 def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     """The first round: what each trial changes of the start, by name; all models have equally many.
 
-    Every model is tried with the other passes of `experiments.tuned_epochs` and in two more sizes; those that are partially
-    pooled and MMOE-DCN in one, the largest other, and with another deviation or twice the experts instead.
+    Every model is tried with the other passes of `experiments.tuned_epochs`, and with three changes of size or of what
+    only it has (`_own`).
     """
     now = start(platform, model)
     values: dict[str, list[Any]] = {
@@ -72,21 +74,30 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     for name, tried in TRIED.items():
         values[name] = [v for v in tried if v != now[name]][: len(tried) - 1]
     values["max_epochs"] = [n for n in platform.experiments.tuned_epochs if n != now["max_epochs"]]
-    own = _own(model, now)
-    sizes = [p for p in PRESETS if p != now["preset"]]
-    values |= {**own, "preset": sizes[-1:] if own else sizes}
+    values |= _own(model, now)
     return {START: {}, **{f"{name} {v}": {name: v} for name, tried in values.items() for v in tried}}
 
 
 def _own(model: str, now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What only this model has to try."""
+    """Sizes, and what only this model has to try."""
+    sizes = [p for p in PRESETS if p != now["preset"]]
     if model in ("mtmd", "soft_slice_towers"):
-        return {"deviation": [_round((now["deviation"] or NOT_ZERO) * 3)]}
+        deviation = now["deviation"] or NOT_ZERO
+        return {"preset": sizes[-1:], "deviation": [_round(deviation * by) for by in (1 / 3, 3)]}
     if model == "mmoe_dcn":
         from mtmd_model.mmoe_dcn import MMOEConfig
 
-        return {"experts": [2 * now.get("experts", MMOEConfig().experts)]}
-    return {}
+        least = vars(MMOEConfig())
+        doubled = {"experts": [2 * now.get("experts", least["experts"])]}
+        return {
+            "preset": sizes[-1:],
+            **doubled,
+            "low_rank_layers": [now.get("low_rank_layers", least["low_rank_layers"]) + 1],
+        }
+    if model == "slice_towers":
+        # models that share nothing learn alike whatever their weights in the loss: AdamW divides by them
+        return {"preset": sizes, "slice_balance": [], "dropout": [v for v in DROPOUTS if v != now["dropout"]][:3]}
+    return {"preset": sizes, "dropout": [v for v in DROPOUTS if v != now["dropout"]][:1]}
 
 
 def _round(value: float) -> float:

@@ -38,7 +38,7 @@ def test_every_model_has_equally_many_trials_and_all_differ(own, preset, passes)
         now = tuning.start(platform, model)
         changes = tuning.singles(platform, model)
         configs = {str(train_config(platform, Change(model).on({**now, **c}))) for c in changes.values()}
-        assert len(configs) == len(changes) == 14 + len(passes[1:])
+        assert len(configs) == len(changes) == 15 + len(passes[1:])
 
 
 @pytest.mark.parametrize("name", ["adworld", "kuairand"])
@@ -57,6 +57,7 @@ def test_a_search_tries_smaller_and_larger_values_of_a_setting():
         smaller, larger = sorted(change[setting] for change in tried if setting in change)
         assert smaller < now[setting] < larger
     assert {"experts": 8} in tried
+    assert {"low_rank_layers": 2} in tried
 
 
 def test_the_start_of_a_search_is_always_a_finalist():
