@@ -111,6 +111,7 @@ def train_config(platform: Platform, change: Change | None = None, seed: int | N
         sample_rate=change.sample_rate,
         slice_balance=t.slice_balance,
         id_dropout=t.id_dropout,
+        averaged_passes=t.averaged_passes,
         calibrate=t.calibrate,
         batch_size=t.batch_size,
         block_rows=t.block_rows,

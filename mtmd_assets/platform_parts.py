@@ -294,6 +294,9 @@ class Training(Frozen):
     id_dropout: Number = Field(0.0, ge=0, lt=1)
     """How often training takes an id of an open-ended feature for an unknown one, against learning users and items by
     heart."""
+    averaged_passes: Number = Field(0.0, ge=0)
+    """Memory, in passes, of averaged weights, which are validated and kept: for trainings whose validation loss goes up and
+    down to the end. 0 keeps those of a pass's last step."""
     calibrate: bool = True
     """After training, add constants to the biases, by the sums of predictions and scores of the window's last day."""
     seed: Seed = 0
@@ -329,6 +332,7 @@ class OwnSettings(Frozen):
     dropout: Number | None = Field(None, ge=0, lt=1)
     slice_balance: Number | None = Field(None, ge=0, le=1)
     id_dropout: Number | None = Field(None, ge=0, lt=1)
+    averaged_passes: Number | None = Field(None, ge=0)
 
 
 class OwnMTMD(OwnSettings):

@@ -315,7 +315,8 @@ def _settings(config: dict[str, Any]) -> str:
         f"widths {'/'.join(map(str, widths))}, {config['max_epochs']} passes, batch {config['batch_size']}, learning rate "
         f"{optimiser['learning_rate']:g}, warm-up {optimiser['warmup_share']:g}, gradient clip {config['gradient_clip']:g}, "
         f"embedding rate {embedding_rate:g}, weight decay {optimiser['weight_decay']:g}, dropout {config['model']['dropout']:g}, "
-        f"slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}"
+        f"slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}, "
+        f"averaged passes {config.get('averaged_passes', 0.0):g}"
     )
 
 

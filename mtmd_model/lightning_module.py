@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtmd_model.averaging import WeightAverage
 from mtmd_model.batch import Batch
 from mtmd_model.id_dropout import IdDropout
 from mtmd_model.loss import kl_divergence, kl_loss
@@ -83,6 +84,8 @@ class RankerModule(L.LightningModule):
         optimiser: AdamW and its learning rate.
         slice_factor_SP: (S, P) factors of the rows' weights in the losses (`slice_balance`); 1 if None.
         id_dropout: probability that training takes a known id for an unknown one (`id_dropout`).
+        averaged_passes: memory of the averaged weights that are validated and stay at the end (`averaging`); 0 for those
+            of the last step.
     """
 
     def __init__(
@@ -91,9 +94,12 @@ class RankerModule(L.LightningModule):
         optimiser: OptimiserConfig,
         slice_factor_SP: Tensor | None = None,
         id_dropout: float = 0.0,
+        averaged_passes: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
+        self.averaged_passes = averaged_passes
+        self.average: WeightAverage | None = None
         self.id_dropout = IdDropout(model.schema, id_dropout)
         self.optimiser = optimiser
         self.history: list[dict[str, Any]] = []
@@ -125,8 +131,31 @@ class RankerModule(L.LightningModule):
         self.train_sum += torch.stack([loss.detach() * weight, weight])
         return loss
 
+    def on_train_start(self) -> None:
+        """The parameters are where they are trained, and the number of steps is known."""
+        if self.averaged_passes:
+            steps = max(1.0, float(self.trainer.num_training_batches))
+            self.average = WeightAverage(self.model, max(1.0, self.averaged_passes * steps))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        """A step is done."""
+        if self.average is not None:
+            self.average.update()
+
+    def on_train_epoch_end(self) -> None:
+        """The callbacks have seen the epoch's weights: training goes on with its own."""
+        if self.average is not None:
+            self.average.take_out()
+
+    def on_fit_end(self) -> None:
+        """Without validation the weights at the end are kept."""
+        if self.average is not None:
+            self.average.put_in()
+
     def on_validation_epoch_start(self) -> None:
-        """Start the sums."""
+        """Start the sums; what is validated is what would be kept."""
+        if self.average is not None:
+            self.average.put_in()
         self.slice_sum.zero_()
         self.cell_sum.zero_()
 

@@ -53,6 +53,8 @@ class TrainConfig:
     """How far small slices are weighed up in the loss (`slice_balance`): 0 not at all, 1 until all count alike."""
     id_dropout: float = 0.0
     """Probability that an open-ended feature's id counts as unknown in training (`id_dropout`)."""
+    averaged_passes: float = 0.0
+    """Memory, in passes, of averaged weights, which are validated and kept (`averaging`); 0 for those of the last step."""
     batch_size: int = 4096
     """Largest number of rows of a batch."""
     block_rows: int | None = None
@@ -95,6 +97,8 @@ class TrainConfig:
             raise ValueError(f"slice_balance must be in [0, 1], got {self.slice_balance!r}")
         if not 0 <= self.id_dropout < 1:
             raise ValueError(f"id_dropout must be in [0, 1), got {self.id_dropout!r}")
+        if not 0 <= self.averaged_passes < math.inf:
+            raise ValueError(f"averaged_passes must be 0 or more, got {self.averaged_passes!r}")
         if not 0 <= self.gradient_clip < math.inf:
             raise ValueError(f"gradient_clip must be 0 or more, got {self.gradient_clip!r}")
         if self.accelerator not in ("auto", "cpu", "gpu"):
@@ -179,7 +183,7 @@ def train(
         model.bias.set(slice_logits(blocks, encoder, model.constrained))
         model.keep_counted_ids()
         factors = slice_factors(weight_SP, config.slice_balance)
-        module = RankerModule(model, config.optimiser, factors, config.id_dropout)
+        module = RankerModule(model, config.optimiser, factors, config.id_dropout, config.averaged_passes)
         if config.compile:
             compile_parts(model, torch.device(accelerator))
         best = _BestEpoch(on_epoch)
