@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help="comma-separated, in which contenders, and of results ablations and all, stand for many; %(default)s unless given",
         )
     commands.choices["results"].add_argument(
-        "--seeds", type=int, default=0, help="how many of each model; what the platform file says unless given"
+        "--seeds", type=int, help="how many of each model, at least; what the platform file says unless given"
     )
     commands.choices["results"].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
     for bound in ("first", "last"):

@@ -360,7 +360,7 @@ class Experiments(Frozen):
     last_day: Day | None = None
     """The last of them; if left out, the last of a log that has ended, else the first that leaves so many to score."""
     seeds: Integer = Field(3, ge=1, le=100)
-    """Models of each kind and day, with the seeds 0, 1 …"""
+    """Models of each kind and day, numbered from 0; no two windows' trainings start alike."""
     max_epochs: Integer | None = Field(None, gt=0)
     """Passes of every model here that names none itself, if not `training.max_epochs`: the daily model may be trained for
     a shorter time."""

@@ -64,10 +64,11 @@ def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
     compared = _compared(con, CONTENDERS)
     if compared is None:
         return []
-    first, last, seeds = compared
+    first, last, count = compared
+    seeds = _whole_seeds(con, "mtmd", first, last)
     return [
         f"## {site.platform.name}",
-        _setting(con, site, CONTENDERS, first, last, seeds),
+        _setting(con, site, CONTENDERS, first, last, count),
         "### Against the contenders",
         HOW_TO_READ,
         headline(con, CONTENDERS),
@@ -75,9 +76,9 @@ def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
         "### Every cell",
         _cells(con, site, first, last, seeds),
         "### Parameters",
-        _parameters(con, site, first, last, seeds),
+        _parameters(con, site, first, last),
         "### Calibration",
-        _calibration(con, first, last, seeds),
+        _calibration(con, first, last),
         "### Who the routers use",
         _routing(con, first, last, seeds),
     ]
@@ -92,6 +93,16 @@ def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date,
     return None if span[0] is None else span
 
 
+def _whole_seeds(con: "DuckDBPyConnection", model: str, first: date, last: date) -> list[int]:
+    """The seeds that a model was trained with on every day."""
+    found = con.execute(
+        """SELECT seed FROM experiment_models WHERE model = ? AND ds BETWEEN ? AND ?
+        GROUP BY seed HAVING count(DISTINCT ds) = ? ORDER BY seed""",
+        [model, first, last, (last - first).days + 1],
+    ).fetchall()
+    return [seed for (seed,) in found]
+
+
 HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
 the pooled rows of the evaluation days, the mean of the seeds. The mean is unweighted over the cells with at least {MIN_ROWS}
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
@@ -101,7 +112,7 @@ The intervals of cells with few rows are pointwise."""
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
-both were trained with as many seeds; intervals of means are pointwise, *better* and *worse* count the cells by
+both were trained with as many seeds; intervals of means and of cells with few rows are pointwise, *better* and *worse* count the cells by
 simultaneous ones, *jumped* the trainings without it whose loss did (`checks/training.py`). Widths are divided by what
 the preset divides all of its widths by; half of the rows are half of the steps too."""
 
@@ -218,12 +229,12 @@ slices count for more (without an interval)."""
     return [words, markdown_table(header, rows)]
 
 
-def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds: int) -> str:
+def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds: list[int]) -> str:
     """Every slice x task: LogMAE of mtmd and the constants, improvement over each contender with its interval."""
     rows: list[list[object]] = []
     pooled = con.execute(
         """SELECT (model, surface, product, task), sum(rows * logmae) / sum(rows), max(floored) FROM experiment_slice_metrics
-        WHERE ds BETWEEN ? AND ? AND seed < ? AND bucket IS NULL AND model IN ('mtmd', 'constant', 'constant_median')
+        WHERE ds BETWEEN ? AND ? AND list_contains(?, seed) AND bucket IS NULL AND model IN ('mtmd', 'constant', 'constant_median')
         GROUP BY ALL""",
         [first, last, seeds],
     ).fetchall()
@@ -256,11 +267,14 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{row['improvement']:+.1%} [{row['joint_low']:+.1%}, {row['joint_high']:+.1%}]{mark}"
 
 
-def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds: int) -> str:
+def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) -> str:
     rows = con.execute(
         """SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config), list(model_version)
-        FROM experiment_models WHERE ds BETWEEN ? AND ? AND seed < ? GROUP BY model ORDER BY model""",
-        [first, last, seeds],
+        FROM experiment_models WHERE ds BETWEEN $first AND $last AND (model, seed) IN (
+            SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first AND $last
+            GROUP BY model, seed HAVING count(DISTINCT ds) = $days
+        ) GROUP BY model ORDER BY model""",
+        {"first": first, "last": last, "days": (last - first).days + 1},
     ).fetchall()
     order = {m: n for n, m in enumerate(("mtmd", *CONTENDERS, *ABLATIONS))}
     table = [
@@ -391,10 +405,10 @@ largest standard deviation over the smallest one of {spread:.2f}. The five most 
     return f"{words}\n\n{markdown_table(header, rows)}"
 
 
-def _calibration(con: "DuckDBPyConnection", first: date, last: date, seeds: int) -> str:
+def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
     """Sum of probabilities over sum of scores, a cell with enough rows: mtmd with intervals, its contenders beside it."""
     compared = [c for c in CONTENDERS if _rows(con, "contender = $model AND surface IS NULL", model=c)]
-    found = {model: _calibrations(con, model, first, last, seeds) for model in ("mtmd", *compared)}
+    found = {model: _calibrations(con, model, first, last) for model in ("mtmd", *compared)}
     cells = [cell for cell, r in found["mtmd"].items() if r["rows"] >= CALIBRATED_ROWS]
     inside = {m: sum(0.95 <= of[cell]["calibration"] <= 1.05 for cell in cells) for m, of in found.items()}
     counts = ", ".join(f"{n} of {model}" for model, n in inside.items())
@@ -411,21 +425,22 @@ are 95 %, pointwise, from a bootstrap over users and seeds; of mtmd's, {beyond o
 
 
 def _calibrations(
-    con: "DuckDBPyConnection", model: str, first: date, last: date, seeds: int
+    con: "DuckDBPyConnection", model: str, first: date, last: date
 ) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Surface, product, task -> a model's line of `calibration_table`."""
     sums = con.sql(
         """SELECT ds AS day, seed, user_id, surface, product, task, count(*) AS rows, sum(probability) AS predicted, sum(score) AS scored
-        FROM experiment_predictions WHERE model = $model AND ds BETWEEN $first AND $last AND seed < $seeds GROUP BY ALL""",
-        params={"model": model, "first": first, "last": last, "seeds": seeds},
+        FROM experiment_predictions WHERE model = $model AND ds BETWEEN $first AND $last AND list_contains($seeds, seed)
+        GROUP BY ALL""",
+        params={"model": model, "first": first, "last": last, "seeds": _whole_seeds(con, model, first, last)},
     ).pl()
     return {(r["surface"], r["product"], r["task"]): r for r in calibration_table(sums).iter_rows(named=True)}
 
 
-def _routing(con: "DuckDBPyConnection", first: date, last: date, seeds: int) -> str:
+def _routing(con: "DuckDBPyConnection", first: date, last: date, seeds: list[int]) -> str:
     cursor = con.execute(
         f"""PIVOT (SELECT tower, domain, task, expert, avg(mean_gate) AS gate, round(avg(entropy), 6) AS entropy, round(avg(entropy_of_mean), 6) AS of_mean
-            FROM experiment_routing_metrics WHERE ds BETWEEN '{first}' AND '{last}' AND seed < {seeds} GROUP BY ALL)
+            FROM experiment_routing_metrics WHERE ds BETWEEN '{first}' AND '{last}' AND list_contains({seeds}, seed) GROUP BY ALL)
         ON expert USING first(gate) ORDER BY tower DESC, domain, task"""
     )
     header = [c[0] for c in cursor.description]
@@ -436,10 +451,10 @@ good."""
     return f"{words}\n\n{markdown_table(header, rows)}"
 
 
-def _signatures(con: "DuckDBPyConnection", first: date, last: date, seeds: int) -> str:
+def _signatures(con: "DuckDBPyConnection", first: date, last: date, seeds: list[int]) -> str:
     """How many routers of all days and seeds show a failure signature, by its name."""
     models = con.sql(
-        "FROM experiment_routing_metrics WHERE ds BETWEEN $first AND $last AND seed < $seeds ORDER BY tower, domain, task",
+        "FROM experiment_routing_metrics WHERE ds BETWEEN $first AND $last AND list_contains($seeds, seed) ORDER BY tower, domain, task",
         params={"first": first, "last": last, "seeds": seeds},
     ).pl()
     routers = models.n_unique(["model_version", "tower", "domain", "task"])

@@ -64,11 +64,11 @@ def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:
             run("data", first, days[-1])
 
 
-def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, seeds: int = 0) -> int:
+def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, seeds: int | None = None) -> int:
     """Train and score every model on its evaluation days, compare them, write the document, print the headline.
 
     Args:
-        seeds: how many of each model; 0 is what the platform file says.
+        seeds: how many of each model, at least; what the platform file says if None.
 
     Raises:
         PlatformError: no model beside mtmd, fewer than one seed, or as `evaluation_days`.
@@ -80,9 +80,10 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     others = [m for m in models if m != "mtmd"]
     if not others:
         raise PlatformError("--models: mtmd is compared with others, name one")
-    if seeds < 0:
+    if seeds is None:
+        seeds = site.platform.experiments.seeds
+    if seeds < 1:
         raise PlatformError(f"--seeds must be 1 or more, got {seeds}")
-    seeds = seeds or site.platform.experiments.seeds
     build_days(site, days, run, step)
     # what is compared first is written down first, for the ablations take the longest
     for group in (CONTENDERS, ABLATIONS):

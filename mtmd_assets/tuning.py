@@ -95,7 +95,7 @@ def _own(model: str, now: Mapping[str, Any]) -> dict[str, list[Any]]:
             "low_rank_layers": [now.get("low_rank_layers", least["low_rank_layers"]) + 1],
         }
     if model == "slice_towers":
-        # models that share nothing learn alike whatever their weights in the loss: AdamW divides by them
+        # models that share nothing learn alike whatever their weights in the loss, up to the clip: AdamW divides by them
         return {"preset": sizes, "slice_balance": [], "dropout": [v for v in DROPOUTS if v != now["dropout"]][:3]}
     return {"preset": sizes, "dropout": [v for v in DROPOUTS if v != now["dropout"]][:1]}
 

@@ -86,12 +86,12 @@ class FeatureEmbeddings(nn.Module):
         groups = zip(row_BC.split(self.sizes, 1), self.tables.values(), strict=True)
         return torch.cat([F.embedding(rows, table).flatten(1) for rows, table in groups], 1)
 
-    def count(self, ids_BC: Tensor) -> None:
-        """Count the values of some rows that will train the tables."""
+    def count(self, ids_BC: Tensor, domain_B: Tensor) -> None:
+        """Count the values of some rows that will train the tables; arguments as of `forward`."""
         if self.fields:
             ids_BC = ids_BC.index_select(1, self.order_C)
             row_BC = self.table_C + self.start_C + ids_BC + len(self.has_DC) - 1
-            counts = torch.bincount(row_BC[ids_BC > 0], minlength=len(self.known))
+            counts = torch.bincount(row_BC[(ids_BC > 0) & self.has_DC[domain_B]], minlength=len(self.known))
             self._count = counts if self._count is None else self._count + counts
 
     def keep_counted(self) -> None:

@@ -147,10 +147,11 @@ class RankerModule(L.LightningModule):
         if self.average is not None:
             self.average.take_out()
 
-    def on_fit_end(self) -> None:
-        """Without validation the weights at the end are kept."""
+    def on_train_end(self) -> None:
+        """Without validation the weights at the end are kept; after this they leave the device."""
         if self.average is not None:
             self.average.put_in()
+            self.average = None
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums; what is validated is what would be kept."""

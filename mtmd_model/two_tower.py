@@ -82,12 +82,15 @@ class TwoTower(nn.Module):
         parts = self.separate_parts()
         for name, module in self.named_modules():
             if isinstance(module, FeatureEmbeddings):
-                ids_BC = (block.query if module.side == "query" else block.item).ids
+                x = block.query if module.side == "query" else block.item
+                # a table of one domain takes all rows for that one's
+                domain_B = x.domain if len(module.has_DC) > 1 else torch.zeros_like(x.domain)
                 part = next((slices for prefix, slices in parts.items() if name.startswith(prefix)), None)
+                ids_BC = x.ids
                 if part is not None:
                     mine_B = torch.isin(slice_B, torch.tensor([s * products + p for s, p in part]))
-                    ids_BC = ids_BC[mine_B]
-                module.count(ids_BC)
+                    ids_BC, domain_B = ids_BC[mine_B], domain_B[mine_B]
+                module.count(ids_BC, domain_B)
 
     def keep_counted_ids(self) -> None:
         """The window is counted: ids that a part has too seldom are unknown to it."""

@@ -118,7 +118,7 @@ def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch)
 
     def text():
         with studied.site.warehouse.connect() as con:
-            return results._routing(con, DAYS[0], DAYS[-1], 2)
+            return results._routing(con, DAYS[0], DAYS[-1], [0, 1])
 
     # after one pass from gates that start equal, they still are
     assert f"in {routers} routers of all days and seeds: {routers} uniform." in text()
@@ -129,7 +129,7 @@ def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch)
 def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
     def of_mtmd():
         with studied.site.warehouse.connect() as con:
-            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1], 2).splitlines()
+            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1]).splitlines()
         [line] = [line for line in lines if line.startswith("| mtmd |")]
         return line.split(" | ")[4]
 
@@ -143,7 +143,7 @@ def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
 
 def test_parameters_and_weights_are_those_trained_with(studied):
     with studied.site.warehouse.connect() as con:
-        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1], 2)
+        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1])
     assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
     assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
     counts = dict(query(studied, "SELECT model, (embedding_params, dense_params) FROM experiment_models"))
@@ -172,7 +172,7 @@ def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
     monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
     with studied.site.warehouse.connect() as con:
-        text = results._calibration(con, DAYS[0], DAYS[-1], 2)
+        text = results._calibration(con, DAYS[0], DAYS[-1])
     cells = query(
         studied,
         """SELECT surface, product, task, count(*) // 2 AS n, sum(probability) / sum(score) AS calibration

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TABLES = {
     "experiment_models": "One row a trained contender, ablation or seed, as in `models`.",
     "experiment_predictions": "As `predictions`, of every model and seed.",
-    "experiment_slice_metrics": "As the daily metrics, of every model and seed and the constants; the view `slice_metrics` has both.",
+    "experiment_slice_metrics": "As the daily metrics, of every model, seed and constant; the view `slice_metrics` has both, of the constants the daily.",
     "experiment_routing_metrics": "Which experts the routers of each seed of mtmd use.",
 }
 

@@ -55,8 +55,9 @@ def test_a_value_that_was_counted_too_seldom_is_unknown():
     every = embeddings(ids, domain)
     unknown = embeddings(torch.tensor([[UNKNOWN, UNKNOWN]]), torch.tensor([0]))[0]
     # narrow's value 3 once, and wide's value 4 twice, in two blocks
-    embeddings.count(torch.tensor([[3, 4], [MISSING, UNKNOWN]]))
-    embeddings.count(torch.tensor([[UNKNOWN, 4], [UNKNOWN, 5]]))
+    embeddings.count(torch.tensor([[3, 4], [MISSING, UNKNOWN]]), torch.tensor([0, 1]))
+    # domain b has no narrow: its value 4 there trains nothing
+    embeddings.count(torch.tensor([[4, 4], [UNKNOWN, 5]]), torch.tensor([1, 0]))
     torch.testing.assert_close(embeddings(ids, domain), every, msg="until all are counted")
     embeddings.keep_counted()
     for now in (embeddings.train(), embeddings.eval()):
@@ -72,14 +73,14 @@ def test_parameters_in_use_are_counted():
     embeddings = two_features()
     # a missing vector a domain, the unknown, and four and three values
     assert embeddings.known_parameters() == 3 * (3 + 4) + 2 * (3 + 3)
-    embeddings.count(torch.tensor([[2, 2], [3, 2], [MISSING, 3]]))
+    embeddings.count(torch.tensor([[2, 2], [3, 2], [MISSING, 3]]), torch.zeros(3, dtype=torch.long))
     embeddings.keep_counted()
     assert embeddings.known_parameters() == 3 * (3 + 1) + 2 * (3 + 2)
 
 
 def test_a_tower_without_ids_has_no_parameters():
     embeddings = FeatureEmbeddings([], {}, ("a",))
-    embeddings.count(torch.zeros(3, 0, dtype=torch.int32))
+    embeddings.count(torch.zeros(3, 0, dtype=torch.int32), torch.zeros(3, dtype=torch.long))
     embeddings.keep_counted()
     assert embeddings.known_parameters() == 0
 
