@@ -117,7 +117,7 @@ def improvement_table(
     users_BU = resample_counts(rng, rows.users, replicates)
     count_UK = _sums(rows)
     count_BK = resampled_sums(users_BU, count_UK)
-    m, c = (_logmae(frame, who, seeds, rows, users_BU, count_BK, rng) for who, frame in models.items())
+    m, c = (_logmae(frame, who, seeds, rows, users_BU, count_UK, count_BK, rng) for who, frame in models.items())
 
     count_UCG = count_UK.reshape(rows.users, -1, GROUPS)
     rows_CG = count_UCG.sum(axis=0)
@@ -269,12 +269,13 @@ def _logmae(
     seeds: list[int],
     rows: _Rows,
     users_BU: NDArray[np.uint8],
+    count_UK: Array,
     count_BK: Array,
     rng: np.random.Generator,
 ) -> _LogMAE:
     """LogMAE of one model and its replicates; ValueError if a seed's rows are not the shared ones."""
     target_N, day_N = rows.table["score"].to_numpy(), rows.table["day"].rank("dense").to_numpy() - 1
-    days, count_K = int(day_N.max()) + 1, _sums(rows).sum(axis=0)
+    days, count_K = int(day_N.max()) + 1, count_UK.sum(axis=0)
     shares_DBS = [seed_shares(rng, len(seeds), len(users_BU)) for _ in range(days)]
     value_BK, of_training_DSK = np.zeros_like(count_BK), np.empty((days, len(seeds), len(count_K)))
     for s, seed in enumerate(seeds):

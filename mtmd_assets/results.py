@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 CELLS = "contender = $model AND surface IS NOT NULL AND bucket IS NULL"
 """Of `improvements`: the lines of a contender's slices x tasks."""
+WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first AND $last
+    GROUP BY model, seed HAVING count(DISTINCT ds) = $days"""
+"""Models and seeds that were trained for every day."""
 MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
 HEAD = """# Results
 
@@ -95,12 +98,8 @@ def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date,
 
 def _whole_seeds(con: "DuckDBPyConnection", model: str, first: date, last: date) -> list[int]:
     """The seeds that a model was trained with on every day."""
-    found = con.execute(
-        """SELECT seed FROM experiment_models WHERE model = ? AND ds BETWEEN ? AND ?
-        GROUP BY seed HAVING count(DISTINCT ds) = ? ORDER BY seed""",
-        [model, first, last, (last - first).days + 1],
-    ).fetchall()
-    return [seed for (seed,) in found]
+    whole = con.execute(WHOLE, {"first": first, "last": last, "days": (last - first).days + 1}).fetchall()
+    return sorted(seed for ((name, seed),) in whole if name == model)
 
 
 HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
@@ -269,11 +268,8 @@ def _cell(row: dict[str, Any]) -> str:
 
 def _parameters(con: "DuckDBPyConnection", site: Site, first: date, last: date) -> str:
     rows = con.execute(
-        """SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config), list(model_version)
-        FROM experiment_models WHERE ds BETWEEN $first AND $last AND (model, seed) IN (
-            SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first AND $last
-            GROUP BY model, seed HAVING count(DISTINCT ds) = $days
-        ) GROUP BY model ORDER BY model""",
+        f"""SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config), list(model_version)
+        FROM experiment_models WHERE ds BETWEEN $first AND $last AND (model, seed) IN ({WHOLE}) GROUP BY model ORDER BY model""",
         {"first": first, "last": last, "days": (last - first).days + 1},
     ).fetchall()
     order = {m: n for n, m in enumerate(("mtmd", *CONTENDERS, *ABLATIONS))}

@@ -179,7 +179,7 @@ def train(
         model = build(config.architecture, encoder, config.model)
         weight_SP = torch.zeros(len(schema.surfaces), len(schema.products), dtype=torch.float64)
         # one pass for all: the window may lie in its files
-        blocks = (_look(block, model, weight_SP) for block in data.blocks(data.window))
+        blocks = (_counted(block, model, weight_SP) for block in data.blocks(data.window))
         model.bias.set(slice_logits(blocks, encoder, model.constrained))
         model.keep_counted_ids()
         factors = slice_factors(weight_SP, config.slice_balance)
@@ -270,7 +270,7 @@ def _check_unchanged(hashes: Mapping[str | Path, str]) -> None:
             raise RuntimeError(f"{f} changed while it was read: train again")
 
 
-def _look(block: Batch, model: TwoTower, weight_SP: Tensor) -> Batch:
+def _counted(block: Batch, model: TwoTower, weight_SP: Tensor) -> Batch:
     model.count_ids(block)
     weight_SP += slice_weights(block, *weight_SP.shape)
     return block

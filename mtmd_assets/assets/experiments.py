@@ -19,7 +19,7 @@ from pydantic import Field
 import sql
 from mtmd_assets.assets.common import asset_key, daily_partitions, preview
 from mtmd_assets.assets.evaluation import create_scored, predictions
-from mtmd_assets.assets.training import verify_window
+from mtmd_assets.assets.training import verify_window, window_source
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
@@ -168,11 +168,8 @@ def run_experiments(
             f"FROM {metrics} UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_slice_metrics WHERE {others}",
             {"floor": FLOOR},
         )
-        rankers = (
-            "SELECT list(DISTINCT ranker_version ORDER BY ranker_version) FROM joined_examples WHERE ds BETWEEN ? AND ?"
-        )
-        [(versions,)] = con.execute(rankers, [window[0], window[-1]]).fetchall()
-        con.register("trained", _records(trained, window, versions))
+        rankers, _ = window_source(con, window)
+        con.register("trained", _records(trained, window, rankers))
         stage.write(
             con,
             "experiment_models",
@@ -277,7 +274,7 @@ def _records(trained: Sequence[Trained], window: Sequence[date], rankers: Sequen
                 "embedding_params": manifest["params"]["embedding"],
                 "dense_params": manifest["params"]["dense"],
                 "data_hashes": json.dumps(manifest["data"]),
-                "ranker_versions": list(rankers),
+                "ranker_versions": rankers,
                 "code_version": manifest["code_version"],
                 "config": json.dumps(manifest["train_config"]),
                 "epochs": len(manifest["history"]),

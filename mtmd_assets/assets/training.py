@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -19,6 +20,9 @@ from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import loss_curve
 from mtmd_assets.runs import sign
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 
 def training_assets(site: Site) -> dg.AssetsDefinition:
@@ -102,9 +106,8 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
         stage.add(result.out_dir, site.models / version)
         best = result.history[result.best_epoch]
         params = result.manifest["params"]
-        sources = "SELECT list(DISTINCT ranker_version ORDER BY ranker_version), count(*) FROM joined_examples WHERE ds BETWEEN ? AND ?"
         with warehouse.connect() as con:
-            [(rankers, rows)] = con.execute(sources, [window[0], day]).fetchall()
+            rankers, rows = window_source(con, window)
             record = {
                 "model": "mtmd",
                 "model_version": version,
@@ -144,6 +147,13 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
         },
     )
     return [published, training_result(high_passes(result.history), key)]
+
+
+def window_source(con: "DuckDBPyConnection", window: Sequence[date]) -> tuple[list[str], int]:
+    """The versions of the rankers that scored a window, sorted, and its number of rows."""
+    query = "SELECT list(DISTINCT ranker_version ORDER BY ranker_version), count(*) FROM joined_examples WHERE ds BETWEEN ? AND ?"
+    [(rankers, rows)] = con.execute(query, [window[0], window[-1]]).fetchall()
+    return rankers, rows
 
 
 def verify_window(site: Site, window: Sequence[date]) -> None:
