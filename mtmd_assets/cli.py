@@ -62,6 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seeds", type=int, help="how many of each model, at least; what the platform file says unless given"
     )
     commands.choices["results"].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
+    commands.choices["tune"].add_argument(
+        "--try",
+        dest="tries",
+        action="append",
+        default=[],
+        metavar="CHANGE",
+        help='one training of each model with it on the last tuning day, in place of the search: "max_epochs=45 dropout=0.1"; '
+        "may be given several times",
+    )
     for bound in ("first", "last"):
         commands.choices["backfill"].add_argument(bound, type=date.fromisoformat, help="a day, YYYY-MM-DD")
     commands.choices["backfill"].add_argument(
@@ -177,7 +186,7 @@ def study(home: Home, options: argparse.Namespace) -> int:
     site = _site(home, options.platform, options.data)
     with _jobs(home, site) as run:
         if options.command == "tune":
-            return steps.tune(site, models, run, _step)
+            return steps.tune(site, models, run, _step, options.tries)
         return steps.results(site, models, options.document, run, _step, options.seeds)
 
 

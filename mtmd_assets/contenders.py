@@ -99,7 +99,7 @@ def train_config(platform: Platform, change: Change | None = None, seed: int | N
     config = ARCHITECTURES[change.architecture].config
     return TrainConfig(
         architecture=change.architecture,
-        model=config.preset(t.preset, **{"dropout": t.dropout, **change.model}),
+        model=config.preset(t.preset, **{"dropout": t.dropout, "main_effects": t.main_effects, **change.model}),
         optimiser=OptimiserConfig(
             learning_rate=t.learning_rate,
             warmup_share=t.warmup_share,

@@ -297,6 +297,8 @@ class Training(Frozen):
     averaged_passes: Number = Field(0.0, ge=0)
     """Memory, in passes, of averaged weights, which are validated and kept: for trainings whose validation loss goes up and
     down to the end. 0 keeps those of a pass's last step."""
+    main_effects: bool = False
+    """Vectors with a coordinate of their own for what a query or an item is worth by itself, and the others centred."""
     calibrate: bool = True
     """After training, add constants to the biases, by the sums of predictions and scores of the window's last day."""
     seed: Seed = 0
@@ -333,6 +335,7 @@ class OwnSettings(Frozen):
     slice_balance: Number | None = Field(None, ge=0, le=1)
     id_dropout: Number | None = Field(None, ge=0, lt=1)
     averaged_passes: Number | None = Field(None, ge=0)
+    main_effects: bool | None = None
 
 
 class OwnMTMD(OwnSettings):

@@ -326,7 +326,8 @@ def _settings(config: dict[str, Any]) -> str:
         f"{optimiser['learning_rate']:g}, warm-up {optimiser['warmup_share']:g}, gradient clip {config['gradient_clip']:g}, "
         f"embedding rate {embedding_rate:g}, weight decay {optimiser['weight_decay']:g}, dropout {config['model']['dropout']:g}, "
         f"slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}, "
-        f"averaged passes {config.get('averaged_passes', 0.0):g}"
+        f"averaged passes {config.get('averaged_passes', 0.0):g}, "
+        f"main effects {'on' if config['model'].get('main_effects') else 'off'}"
     )
 
 

@@ -106,11 +106,14 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     return 0
 
 
-def tune(site: Site, models: Sequence[str], run: Run, step: Step) -> int:
+def tune(site: Site, models: Sequence[str], run: Run, step: Step, tries: Sequence[str] = ()) -> int:
     """Run the search, publish it as `trials` of the last tuning day beside what is there of other models, print it.
 
+    Args:
+        tries: if any, only these changes, beside what is there of other trials too (`tuning.given`).
+
     Raises:
-        PlatformError: a model that is not searched.
+        PlatformError: a model that is not searched, or as `tuning.given`.
     """
     from mtmd_assets import tuning
 
@@ -125,10 +128,11 @@ def tune(site: Site, models: Sequence[str], run: Run, step: Step) -> int:
             with step(f"build and check the days up to {days[-1]}"):
                 run("data", site.platform.start if not site.platform.logs_scores else first, days[-1])
     with step(f"try {', '.join(models)}"):
-        table: Any = tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True))
+        table: Any = tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True), tries)
     with site.warehouse.stage() as stage, site.warehouse.connect() as con:
         con.register("tried", table)
-        kept = f"ds = '{days[-1]}' AND model NOT IN (SELECT model FROM tried)"
+        which = "(model, trial)" if tries else "model"
+        kept = f"ds = '{days[-1]}' AND {which} NOT IN (SELECT {which} FROM tried)"
         query = f"FROM tried UNION ALL BY NAME SELECT * EXCLUDE ds FROM trials WHERE {kept}"
         stage.write(con, "trials", days[-1], query)
         stage.publish()

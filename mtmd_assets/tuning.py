@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from pydantic import ValidationError
+
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
-from mtmd_assets.faults import Withheld
+from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
 from mtmd_assets.platform import Platform
+from mtmd_assets.platform_parts import Contender, OwnMTMD
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ TRIED: Mapping[str, tuple[float, ...]] = {
     "gradient_clip": (0.2, 1.0),
     "slice_balance": (0.0, 0.2, 0.5),
     "id_dropout": (0.0, 0.3),
+    "main_effects": (False, True),
 }
 """Values of a setting; those that are not the start's are tried, and of a start that is none of them all but the last."""
 FACTORS: Mapping[str, tuple[float, ...]] = {
@@ -76,6 +81,30 @@ def singles(platform: Platform, model: str) -> dict[str, Mapping[str, Any]]:
     values["max_epochs"] = [n for n in platform.experiments.tuned_epochs if n != now["max_epochs"]]
     values |= _own(model, now)
     return {START: {}, **{f"{name} {v}": {name: v} for name, tried in values.items() for v in tried}}
+
+
+def given(platform: Platform, model: str, tries: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """In place of the first round the start and what a person wants to try, each text a change: `setting=value`, several of
+    them with spaces between.
+
+    Raises:
+        PlatformError: what the platform file could not say of the model.
+    """
+    kind = OwnMTMD if model == "mtmd" else Contender
+    changes: dict[str, Mapping[str, Any]] = {START: {}}
+    for text in tries:
+        pairs = [pair.partition("=") for pair in text.split()]
+        empty = [name for name, _, value in pairs if not value]
+        if empty or not pairs:
+            raise PlatformError(f"--try {text!r} of {model}: {''.join(empty[:1])}: a change is setting=value")
+        try:
+            settings = kind.model_validate({name: yaml.safe_load(value) for name, _, value in pairs})
+        except (ValidationError, yaml.YAMLError) as e:
+            reason = e.errors()[0] if isinstance(e, ValidationError) else {"loc": (), "msg": str(e)}
+            where = ".".join(map(str, reason["loc"]))
+            raise PlatformError(f"--try {text!r} of {model}: {where}: {reason['msg']}") from None
+        changes[text] = settings.model_dump(exclude_none=True)
+    return changes
 
 
 def _own(model: str, now: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -122,10 +151,16 @@ def joined(changes: Mapping[str, Mapping[str, Any]], ranked: Sequence[str]) -> d
     return {" + ".join(group): {k: v for name in group for k, v in changes[name].items()} for group in groups}
 
 
-def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], None]) -> "pl.DataFrame":
+def tune(
+    site: Site, models: Sequence[str], workers: int, log: Callable[[str], None], tries: Sequence[str] = ()
+) -> "pl.DataFrame":
     """Run the search for some models; one row a trial and tuning day that it got to, in the columns of `trials`.
 
+    Args:
+        tries: if any, only these changes (`given`) are tried, on the last tuning day, and nothing is joined.
+
     Raises:
+        PlatformError: as `given`.
         Withheld: the platform file has no tuning days, or a day of a window is not published.
     """
     import polars as pl
@@ -136,7 +171,7 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
         raise Withheld(f"{platform.name}: the platform file names no experiments.tuning_days")
 
     *others, last = sorted(days)
-    changes = {model: singles(platform, model) for model in models}
+    changes = {model: given(platform, model, tries) if tries else singles(platform, model) for model in models}
     rows: list[dict[str, Any]] = []
 
     def run(todo: Sequence[_Trial]) -> None:
@@ -155,6 +190,8 @@ def tune(site: Site, models: Sequence[str], workers: int, log: Callable[[str], N
         return _Trial(model, name, day, seed, Change(model).on({**start(platform, model), **changes[model][name]}))
 
     run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
+    if tries:
+        return pl.DataFrame(rows)
     second = {model: joined(changes[model], ranked(model)) for model in models}
     changes = {model: {**changes[model], **second[model]} for model in models}
     run([trial(model, name, last, SEEDS[0]) for model in models for name in second[model]])

@@ -12,16 +12,17 @@ from torch import nn
 
 
 class WeightAverage:
-    """Of a model's parameters after each step; its buffers, statistics of what it has read, are taken as they are.
+    """Of a model's parameters and statistics (all buffers that are not counts of ids) after each step.
 
     Args:
-        model: whose parameters are averaged.
+        model: whose state is averaged.
         memory: in steps, after which a step's share has fallen to 1/e. Over fewer steps than that all count alike.
     """
 
     def __init__(self, model: nn.Module, memory: float) -> None:
         self.memory, self.steps, self.is_in = memory, 0, False
-        self.live = [p.detach() for p in model.parameters()]
+        statistics = (b for b in model.buffers() if b.is_floating_point())
+        self.live = [*(p.detach() for p in model.parameters()), *statistics]
         self.other = [p.clone() for p in self.live]
 
     @torch.no_grad()

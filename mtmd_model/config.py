@@ -50,6 +50,8 @@ class MTMDConfig:
     """Standard deviation of a new embedding table."""
     dropout: float = 0.0
     """Dropped share of each expert layer's output in training; the paper has none."""
+    main_effects: bool = False
+    """A vector's first column is its main effect, the others are centred (`main_effects`); the paper has none."""
     domain_norm: bool = True
     """Statistics and learned values a domain (section 2.1.2); if not, one BatchNorm for all domains of a tower."""
     excitation: bool = True

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mtmd_model.batch import TowerInput
 from mtmd_model.config import divided, preset_divisor
 from mtmd_model.cross import LowRankCross
-from mtmd_model.ffn import GroupedFFN, GroupedLinear, short_projection
-from mtmd_model.plain import PlainConfig, PlainInput, PooledTowers
+from mtmd_model.ffn import GroupedFFN, GroupedLinear
+from mtmd_model.plain import PlainConfig, PlainInput, PooledTowers, Projections
 from mtmd_model.schema import Schema, Side
 
 
@@ -75,7 +75,6 @@ class MMOETower(nn.Module):
 
     def __init__(self, side: Side, schema: Schema, rows: Mapping[str, int], config: MMOEConfig) -> None:
         super().__init__()
-        self.widths = config.vector_widths(schema)
         self.experts = config.experts
         self.input = PlainInput(side, schema, rows, config)
         width = self.input.width
@@ -83,8 +82,8 @@ class MMOETower(nn.Module):
         rank = max(1, round(width * config.cross_rank))
         self.low_rank = LowRankCross(config.experts, width, config.low_rank_layers, rank)
         self.ffn = GroupedFFN(config.experts, width, config.widths, dropout=config.dropout)
-        self.gate = GroupedFFN(len(self.widths), width, config.gate, d_out=config.experts)
-        self.project = nn.ModuleList(short_projection(config.widths[-1], w) for w in self.widths.values())
+        self.gate = GroupedFFN(len(schema.tasks), width, config.gate, d_out=config.experts)
+        self.end = Projections(side, schema, config)
 
     def forward(self, x: TowerInput) -> dict[str, Tensor]:
         """Rows -> task -> (B, D), without the bias coordinates."""
@@ -93,8 +92,7 @@ class MMOETower(nn.Module):
         experts_EBH = self.ffn(crossed_EBD)
         gates_TBE = self.gate(x_BD).softmax(-1)
         mixed_TBH = torch.einsum("tbe,ebh->tbh", gates_TBE.to(experts_EBH.dtype), experts_EBH)
-        tasks = zip(self.widths, self.project, mixed_TBH.unbind(), strict=True)
-        return {task: project(mixed_BH) for task, project, mixed_BH in tasks}
+        return self.end(mixed_TBH.unbind(), x.domain)
 
 
 class MMOEDCN(PooledTowers):

@@ -25,7 +25,7 @@ class MTMD(TwoTower):
     A stored vector is emb_deep ∥ emb_shallow ∥ P constant coordinates. The constants fold a learned bias of
     each task and slice into the dot product: the query's are its surface's biases over the products, the
     item's are its product, one-hot. In the paper preset a stored vector is 128 + 64 + P wide for ctr and
-    32 + 64 + P for a conditional task.
+    32 + 64 + P for a conditional task, one wider with main effects.
 
     Args:
         schema: domains, tasks (parents first) and features.

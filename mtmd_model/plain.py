@@ -7,7 +7,7 @@ preset the widths of the vectors.
 Shapes: B rows, D width of a task's stored vector.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from mtmd_model.config import divided, preset_divisor
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN, short_projection
+from mtmd_model.main_effects import MainEffects
 from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.schema import Schema, Side
 from mtmd_model.towers import module_key
@@ -49,6 +50,8 @@ class PlainConfig:
     embedding_std: float = 0.05
     """As in `MTMDConfig`."""
     dropout: float = 0.0
+    """As in `MTMDConfig`."""
+    main_effects: bool = False
     """As in `MTMDConfig`."""
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class PlainConfig:
         return cls(**values)
 
     def vector_widths(self, schema: Schema) -> dict[str, int]:
-        """Task -> columns of its vector, without the bias coordinates."""
+        """Task -> columns of its vector at the tower's last layer."""
         return {t.name: max(1, (t.width + SHALLOW) // self.width_divisor) for t in schema.tasks}
 
 
@@ -123,6 +126,25 @@ class PlainInput(nn.Module):
         return torch.cat(parts, 1)
 
 
+class Projections(nn.Module):
+    """The end of a tower without domain modules: a linear map a task, and main effects (`main_effects`)."""
+
+    def __init__(self, side: Side, schema: Schema, config: PlainConfig) -> None:
+        super().__init__()
+        widths = config.vector_widths(schema)
+        self.tasks = tuple(widths)
+        self.project = nn.ModuleList(short_projection(config.widths[-1], w) for w in widths.values())
+        self.effects = MainEffects(side, schema, widths) if config.main_effects else None
+        self.stored_widths = widths if self.effects is None else self.effects.widths
+        """Task -> columns of its vector, without the bias coordinates."""
+
+    def forward(self, hidden: Iterable[Tensor], domain_B: Tensor) -> dict[str, Tensor]:
+        """A (B, H) for each task, and (B,) domains -> task -> (B, D), without the bias coordinates."""
+        tasks = zip(self.tasks, self.project, hidden, strict=True)
+        vectors = {task: project(hidden_BH) for task, project, hidden_BH in tasks}
+        return vectors if self.effects is None else self.effects(vectors, domain_B)
+
+
 class PlainTower(nn.Module):
     """An FFN after the features, and a linear map a task."""
 
@@ -130,15 +152,14 @@ class PlainTower(nn.Module):
         self, side: Side, schema: Schema, rows: Mapping[str, int], config: PlainConfig, domain: str | None = None
     ) -> None:
         super().__init__()
-        self.widths = config.vector_widths(schema)
         self.input = PlainInput(side, schema, rows, config, domain)
         self.ffn = FFN(self.input.width, config.widths, config.dropout)
-        self.project = nn.ModuleList(short_projection(config.widths[-1], w) for w in self.widths.values())
+        self.end = Projections(side, schema, config)
 
     def forward(self, x: TowerInput) -> dict[str, Tensor]:
         """Rows -> task -> (B, D), without the bias coordinates."""
         hidden_BH = self.ffn(self.input(x))
-        return {task: project(hidden_BH) for task, project in zip(self.widths, self.project, strict=True)}
+        return self.end([hidden_BH] * len(self.end.tasks), x.domain)
 
 
 class PooledTowers(TwoTower):
@@ -171,7 +192,6 @@ class SliceTowers(TwoTower):
 
     def __init__(self, schema: Schema, rows: Mapping[str, int], config: PlainConfig) -> None:
         super().__init__(schema, config.constrained)
-        self.widths = config.vector_widths(schema)
         exists_SP = self.bias.exists_TSP.any(0)
         self.slices = [
             (s, p) for s in range(len(schema.surfaces)) for p in range(len(schema.products)) if exists_SP[s, p]
@@ -182,6 +202,7 @@ class SliceTowers(TwoTower):
             query = PlainTower("query", schema, rows, config, surface)
             item = PlainTower("item", schema, rows, config, product)
             self.towers[self._key(s, p)] = nn.ModuleDict({"query": query, "item": item})
+            self.widths = query.end.stored_widths
 
     def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Both sides' vectors of the same rows, each by its slice's own towers."""

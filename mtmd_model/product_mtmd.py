@@ -31,7 +31,7 @@ class ProductMTMD(TwoTower):
         self.widths: dict[str, int] = {}
         for model in self.models.values():
             assert isinstance(model, MTMD)
-            self.widths |= model.query_tower.widths
+            self.widths |= model.query_tower.stored_widths
             model.bias.logits_TSP.requires_grad_(False)  # this model's own bias serves
 
     def embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

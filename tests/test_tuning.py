@@ -38,7 +38,7 @@ def test_every_model_has_equally_many_trials_and_all_differ(own, preset, passes)
         now = tuning.start(platform, model)
         changes = tuning.singles(platform, model)
         configs = {str(train_config(platform, Change(model).on({**now, **c}))) for c in changes.values()}
-        assert len(configs) == len(changes) == 15 + len(passes[1:])
+        assert len(configs) == len(changes) == 16 + len(passes[1:])
 
 
 @pytest.mark.parametrize("name", ["adworld", "kuairand"])
@@ -112,6 +112,43 @@ def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_an
     assert of_both == again
     finalist = next(line for line in of_both if line.startswith("| mtmd"))
     assert finalist.split("|")[3].strip() == "4", "the finalist is first, with its four trainings"
+
+
+def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_trials(searched, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
+        patch.setattr(tuning, "start", lambda platform, model: small)
+        patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
+        for text in ("main_effects=true", "learning_rate=1e-4 dropout=0.5"):
+            assert study.tune(searched.site, ["pooled_towers"], searched.run_step, quiet, [text]) == 0
+    rows = query(searched, "SELECT trial, seed, config FROM trials WHERE model = 'pooled_towers' AND trial LIKE '%=%'")
+    found = {trial: json.loads(config) for trial, _, config in rows}
+    assert found.keys() == {"main_effects=true", "learning_rate=1e-4 dropout=0.5"}
+    assert [seed for _, seed, _ in rows] == [0, 0]
+    assert found["main_effects=true"]["model"]["main_effects"] is True
+    assert found["learning_rate=1e-4 dropout=0.5"]["optimiser"]["learning_rate"] == 1e-4
+    assert found["learning_rate=1e-4 dropout=0.5"]["model"]["dropout"] == 0.5
+    assert "| pooled_towers | main_effects=true | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("weight_decy=1", "weight_decy: Extra inputs"),
+        ("dropout=2", "dropout: Input should be less than 1"),
+        ("dropout", "dropout: "),
+        ("experts=3", "experts: Extra inputs"),
+        ("preset=[", "--try"),
+    ],
+)
+def test_a_change_that_the_platform_file_could_not_have_is_refused(text, words):
+    with pytest.raises(PlatformError, match=words) as error:
+        tuning.given(shipped_platform("adworld"), "mtmd", [text])
+    assert repr(text) in str(error.value)
+    assert tuning.given(shipped_platform("adworld"), "mmoe_dcn", ["experts=3"]) == {
+        tuning.START: {},
+        "experts=3": {"experts": 3},
+    }
 
 
 def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):

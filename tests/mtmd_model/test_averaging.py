@@ -48,7 +48,7 @@ def test_before_the_first_step_there_is_nothing_to_put_in():
 
 
 class Seen(WeightAverage):
-    """Keeps the weights of every step, and the steps that had been taken at the end of each epoch."""
+    """Keeps the weights and statistics of every step, and the steps that had been taken at the end of each epoch."""
 
     steps_taken: ClassVar[list[list[torch.Tensor]]]
     ends: ClassVar[list[int]]
@@ -94,7 +94,8 @@ def test_the_average_is_validated_and_kept(write, tmp_path: Path, monkeypatch, n
     assert Seen.memory_given == 6.0, "passes of four steps"
     assert Seen.ends == [4, 8, 12]
     steps = Seen.ends[result.best_epoch] if validated else 12
-    kept = list(result.predictor.model.parameters())
+    model = result.predictor.model
+    kept = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     if name == "mtmd" or not validated:  # each of the slice towers has its own best pass
         for p, expected in zip(kept, by_hand(steps, 6.0), strict=True):
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-6)

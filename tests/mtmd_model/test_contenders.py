@@ -333,7 +333,7 @@ def test_mmoe_weighs_its_experts_by_each_tasks_softmax(encoder: Encoder):
     for t, task in enumerate(("ctr", "gctr", "octr", "cvr")):
         odds = torch.exp(logits_TBE[0][t])
         mixed = sum(odds[:, e, None] / odds.sum(1, keepdim=True) * experts[e] for e in range(3))
-        torch.testing.assert_close(got[task], tower.project[t](mixed))
+        torch.testing.assert_close(got[task], tower.end.project[t](mixed))
 
 
 @EACH
