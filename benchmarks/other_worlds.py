@@ -8,7 +8,6 @@ Student's t, and so counts what differs between worlds, days and trainings. Tabl
 a second run takes them up.
 """
 
-import argparse
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import polars as pl
 from scipy.stats import ttest_1samp
 
 from benchmarks.worlds import options, world
-from mtmd_assets.cli import study as results
+from mtmd_assets.cli import results
 from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Home, Site
 from mtmd_assets.pictures import markdown_table
@@ -40,14 +39,7 @@ def study(folder: Path, count: int, base: Path = SHIPPED / "adworld.yaml") -> st
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         site = world(home, seed, base, _one_day)
-        chosen = {
-            "command": "results",
-            "platform": site.platform.name,
-            "models": "contenders",
-            "data": None,
-            "seeds": 1,
-        }
-        results(home, argparse.Namespace(**chosen, document=folder / f"world{seed}.md"))
+        results(home, site.platform.name, "contenders", folder / f"world{seed}.md", seeds=1)
         found.append(_cells(site).with_columns(pl.lit(seed).alias("world")))
     return summary(pl.concat(found))
 

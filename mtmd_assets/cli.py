@@ -90,8 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "demo":
             return demo(home, options.platform, options.data)
-        if options.command in ("results", "tune"):
-            return study(home, options)
+        if options.command == "results":
+            return results(home, options.platform, options.models, options.document, options.data, options.seeds)
+        if options.command == "tune":
+            return tune(home, options.platform, options.models, options.data, options.tries)
         if options.command == "backfill":
             return backfill(home, home.site(options.platform), options.job, options.first, options.last)
         if options.command == "scoreboard":
@@ -178,16 +180,26 @@ def _require_folder(platform: Platform) -> None:
         open_source(platform).read(platform.start)
 
 
-def study(home: Home, options: argparse.Namespace) -> int:
-    """Results or tuning of a platform, registered first if its data is given."""
-    from mtmd_assets import study as steps
+def results(
+    home: Home, platform: str, models: str, document: Path, data: str | None = None, seeds: int | None = None
+) -> int:
+    """Compare models of a platform, which is registered first if its data is given; see `study.results`."""
+    from mtmd_assets import study
 
-    models = steps.chosen(options.models)
-    site = _site(home, options.platform, options.data)
+    chosen = study.chosen(models)
+    site = _site(home, platform, data)
     with _jobs(home, site) as run:
-        if options.command == "tune":
-            return steps.tune(site, models, run, _step, options.tries)
-        return steps.results(site, models, options.document, run, _step, options.seeds)
+        return study.results(site, chosen, document, run, _step, seeds)
+
+
+def tune(home: Home, platform: str, models: str, data: str | None = None, tries: Sequence[str] = ()) -> int:
+    """Search the settings of models of a platform, which is registered first if its data is given; see `study.tune`."""
+    from mtmd_assets import study
+
+    chosen = study.chosen(models)
+    site = _site(home, platform, data)
+    with _jobs(home, site) as run:
+        return study.tune(site, chosen, run, _step, tries)
 
 
 def backfill(home: Home, site: Site, job: str, first: date, last: date) -> int:

@@ -62,10 +62,13 @@ ABLATIONS: Mapping[str, Change] = {
     "half_the_rows": Change(sample_rate=0.5),
     "one_model_a_product": Change(architecture="product_mtmd"),
     "unpooled": Change(training={"deviation": None}),
+    "no_main_effects": Change(training={"main_effects": False}),
+    "last_step": Change(training={"averaged_passes": 0.0}),
 }
 """By the name in the column `model`. `no_cross` is without DCN (table 6); `unconstrained` has independent tasks of equal
 width (table 5); `width_*` give every task's emb_deep one width (section 3.4, before the preset's divisor); `unpooled`
-trains the domain experts without `mtmd_model.partial_pooling`."""
+trains the domain experts without `mtmd_model.partial_pooling`, `last_step` keeps the weights of a pass's last step
+(`mtmd_model.averaging`)."""
 
 MODELS = ("mtmd", *CONTENDERS, *ABLATIONS)
 
@@ -86,6 +89,12 @@ def change_of(platform: Platform, model: str) -> Change:
         settings, change = experiments.mtmd.model_dump(exclude_none=True), ABLATIONS.get(model, Change())
     passes = {} if experiments.max_epochs is None else {"max_epochs": experiments.max_epochs}
     return change.on({**passes, **settings})
+
+
+def is_mtmd(platform: Platform, model: str) -> bool:
+    """Whether an ablation takes nothing away: the platform's training has not what it is without."""
+    own, whole = (train_config(platform, change_of(platform, name), 0) for name in (model, "mtmd"))
+    return own == whole
 
 
 def train_config(platform: Platform, change: Change | None = None, seed: int | None = None) -> "TrainConfig":

@@ -6,7 +6,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, is_mtmd
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Site
 
@@ -84,10 +84,13 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         seeds = site.platform.experiments.seeds
     if seeds < 1:
         raise PlatformError(f"--seeds must be 1 or more, got {seeds}")
+    idle = [m for m in others if is_mtmd(site.platform, m)]
+    if idle:
+        print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
     build_days(site, days, run, step)
     # what is compared first is written down first, for the ablations take the longest
     for group in (CONTENDERS, ABLATIONS):
-        chosen = [m for m in others if m in group]
+        chosen = [m for m in others if m in group and m not in idle]
         on_day = {day: [m for m in chosen if day in compared_days(site.platform, m, days[-1])] for day in days}
         on_day = {day: ["mtmd", *of_day] for day, of_day in on_day.items() if of_day}
         if not on_day:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, is_mtmd, train_config
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.platform_parts import Contender, OwnMTMD
 from mtmd_model.config import MTMDConfig
@@ -60,7 +60,13 @@ def test_experiments_may_have_a_larger_mtmd_than_the_daily_model():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_one_thing_that_it_is_named_after(name):
-    platform = shipped_platform("adworld")
+    adworld = shipped_platform("adworld")
+    training = adworld.training.model_copy(update={"main_effects": True, "averaged_passes": 2.0})
+    platform = adworld.model_copy(update={"training": training})
+    assert not is_mtmd(platform, name)
+    bare = adworld.training.model_copy(update={"main_effects": False, "averaged_passes": 0.0})
+    nothing_taken = name in ("no_main_effects", "last_step")
+    assert is_mtmd(adworld.model_copy(update={"training": bare}), name) == nothing_taken
     whole = train_config(platform, change_of(platform, "mtmd"), 0).to_dict()
     without = train_config(platform, change_of(platform, name), 0).to_dict()
     flat = {
