@@ -218,6 +218,17 @@ def test_mtmd_alone_has_nothing_to_be_compared_with(studied):
         study.results(studied.site, ["mtmd"], studied.document, studied.run_step, quiet)
 
 
+def test_an_ablation_of_what_the_platform_does_not_have_is_left_out(studied, tmp_path, capsys):
+    started = []
+
+    def run(job, first, last=None, only=(), config=None):
+        started.append((config or {}).get("ops"))
+
+    assert study.results(studied.site, ["last_step", "no_main_effects"], tmp_path / "results.md", run, quiet) == 0
+    assert started == []
+    assert capsys.readouterr().out.startswith("last_step, no_main_effects: without what adworld does not have")
+
+
 def test_as_many_seeds_as_are_asked_for_are_trained(studied, tmp_path):
     asked = []
 
