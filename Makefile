@@ -35,7 +35,7 @@ scoreboard: .venv/ready ## LogMAE by slice and task, of every evaluated day
 results: .venv/ready ## MTMD against its contenders and ablations, into docs/results.md: MODELS=contenders for these alone, SEEDS=2
 	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
-tune: .venv/ready ## The search behind the settings of MTMD and its contenders; one change alone: TRY="max_epochs=45" MODELS=mtmd
+tune: .venv/ready ## The search behind the settings of MTMD and its contenders; one change alone, on every tuning day with two seeds: TRY="max_epochs=45" MODELS=mtmd
 	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(TRY),--try "$(TRY)")
 
 bench: .venv/ready ## Speed and memory beside limits and peers: ONLY=feed,step for some, LARGE=1 for the goals' own sizes

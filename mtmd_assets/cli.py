@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="CHANGE",
-        help='one training of each model with it on the last tuning day, in place of the search: "max_epochs=45 dropout=0.1"; '
+        help='trainings with it on every tuning day and with two seeds, in place of the search: "max_epochs=45 dropout=0.1"; '
         "may be given several times",
     )
     for bound in ("first", "last"):

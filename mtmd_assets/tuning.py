@@ -157,7 +157,8 @@ def tune(
     """Run the search for some models; one row a trial and tuning day that it got to, in the columns of `trials`.
 
     Args:
-        tries: if any, only these changes (`given`) are tried, on the last tuning day, and nothing is joined.
+        tries: if any, only these changes (`given`) and the start are tried, each on every tuning day with every seed, for
+            one training says little; nothing is joined.
 
     Raises:
         PlatformError: as `given`.
@@ -189,9 +190,11 @@ def tune(
     def trial(model: str, name: str, day: date, seed: int) -> _Trial:
         return _Trial(model, name, day, seed, Change(model).on({**start(platform, model), **changes[model][name]}))
 
-    run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
     if tries:
+        everywhere = [(day, seed) for day in (last, *others) for seed in SEEDS]
+        run([trial(model, name, *when) for when in everywhere for model in models for name in changes[model]])
         return pl.DataFrame(rows)
+    run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
     second = {model: joined(changes[model], ranked(model)) for model in models}
     changes = {model: {**changes[model], **second[model]} for model in models}
     run([trial(model, name, last, SEEDS[0]) for model in models for name in second[model]])

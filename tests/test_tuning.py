@@ -121,14 +121,18 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
         patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
         for text in ("main_effects=true", "learning_rate=1e-4 dropout=0.5"):
             assert study.tune(searched.site, ["pooled_towers"], searched.run_step, quiet, [text]) == 0
-    rows = query(searched, "SELECT trial, seed, config FROM trials WHERE model = 'pooled_towers' AND trial LIKE '%=%'")
-    found = {trial: json.loads(config) for trial, _, config in rows}
-    assert found.keys() == {"main_effects=true", "learning_rate=1e-4 dropout=0.5"}
-    assert [seed for _, seed, _ in rows] == [0, 0]
+    rows = query(
+        searched, "SELECT trial, window_end, seed, config FROM trials WHERE model = 'pooled_towers' AND trial LIKE '%=%'"
+    )
+    found = {trial: json.loads(config) for trial, _, _, config in rows}
+    tried = {"main_effects=true", "learning_rate=1e-4 dropout=0.5"}
+    days = (date(2026, 1, 2), date(2026, 1, 3))
+    assert {row[:3] for row in rows} == {(trial, day, seed) for trial in tried for day in days for seed in (0, 1)}
+    assert len(rows) == 8
     assert found["main_effects=true"]["model"]["main_effects"] is True
     assert found["learning_rate=1e-4 dropout=0.5"]["optimiser"]["learning_rate"] == 1e-4
     assert found["learning_rate=1e-4 dropout=0.5"]["model"]["dropout"] == 0.5
-    assert "| pooled_towers | main_effects=true | 1 |" in capsys.readouterr().out
+    assert "| pooled_towers | main_effects=true | 4 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
