@@ -122,7 +122,8 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
         for text in ("main_effects=true", "learning_rate=1e-4 dropout=0.5"):
             assert study.tune(searched.site, ["pooled_towers"], searched.run_step, quiet, [text]) == 0
     rows = query(
-        searched, "SELECT trial, window_end, seed, config FROM trials WHERE model = 'pooled_towers' AND trial LIKE '%=%'"
+        searched,
+        "SELECT trial, window_end, seed, config FROM trials WHERE model = 'pooled_towers' AND trial LIKE '%=%'",
     )
     found = {trial: json.loads(config) for trial, _, _, config in rows}
     tried = {"main_effects=true", "learning_rate=1e-4 dropout=0.5"}
