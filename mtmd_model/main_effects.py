@@ -25,6 +25,24 @@ HORIZON = 2_000.0
 """Rows after which a running mean forgets."""
 
 
+def tower_end(side: Side, schema: Schema, widths: Mapping[str, int], main_effects: bool) -> "MainEffects | AsTheyAre":
+    """What a tower's vectors go through last; arguments as of `MainEffects`."""
+    return MainEffects(side, schema, widths) if main_effects else AsTheyAre(widths)
+
+
+class AsTheyAre(nn.Module):
+    """The vectors without main effects, as in the paper."""
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.widths = dict(widths)
+        """Task -> columns that come out."""
+
+    def forward(self, vectors: Mapping[str, Tensor], domain_B: Tensor) -> dict[str, Tensor]:
+        """The same vectors."""
+        return dict(vectors)
+
+
 class MainEffects(nn.Module):
     """Task -> (B, D) vectors of one side -> task -> (B, D + 1), centred by the mean over the rows that have the task.
 
@@ -45,7 +63,7 @@ class MainEffects(nn.Module):
     def __init__(self, side: Side, schema: Schema, widths: Mapping[str, int]) -> None:
         super().__init__()
         self.side = side
-        self.inner = dict(widths)
+        self.widths_in = dict(widths)
         self.widths = {task: width + 1 for task, width in widths.items()}
         """Task -> columns that come out."""
         of_domain = [{t.name for t in tasks_of(schema, side, d)} for d in schema.domains(side)]
@@ -56,14 +74,14 @@ class MainEffects(nn.Module):
 
     def forward(self, vectors: Mapping[str, Tensor], domain_B: Tensor) -> dict[str, Tensor]:
         """(B,) domains beside the vectors, in the order of the tasks."""
-        x_BW = torch.cat([vectors[task] for task in self.inner], 1)
+        x_BW = torch.cat([vectors[task] for task in self.widths_in], 1)
         x_BW = x_BW.to(torch.promote_types(x_BW.dtype, self.mean_W.dtype))
         has_BT = self.has_DT[domain_B]
         has_BW = self._columns(has_BT)
         mean_W = self._batch_mean(x_BW, has_BT, has_BW) if self.training else self.mean_W
-        parts = ((x_BW - mean_W) * has_BW).split(list(self.inner.values()), 1)
+        parts = ((x_BW - mean_W) * has_BW).split(list(self.widths_in.values()), 1)
         ones = has_BT.to(x_BW.dtype).split(1, 1)
-        return {task: self._placed(*columns) for task, *columns in zip(self.inner, parts, ones, strict=True)}
+        return {task: self._placed(*columns) for task, *columns in zip(self.widths_in, parts, ones, strict=True)}
 
     def _placed(self, part_BD: Tensor, one_B1: Tensor) -> Tensor:
         effect_B1, rest = part_BD[:, :1], part_BD[:, 1:]
@@ -83,4 +101,6 @@ class MainEffects(nn.Module):
 
     def _columns(self, x: Tensor) -> Tensor:
         """(..., T) -> (..., W), each task's number in all of its columns."""
-        return torch.cat([x[..., n : n + 1].expand(*x.shape[:-1], w) for n, w in enumerate(self.inner.values())], -1)
+        return torch.cat(
+            [x[..., n : n + 1].expand(*x.shape[:-1], w) for n, w in enumerate(self.widths_in.values())], -1
+        )

@@ -20,7 +20,7 @@ from mtmd_model.config import divided, preset_divisor
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN, short_projection
-from mtmd_model.main_effects import MainEffects
+from mtmd_model.main_effects import tower_end
 from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.schema import Schema, Side
 from mtmd_model.towers import module_key
@@ -134,15 +134,14 @@ class Projections(nn.Module):
         widths = config.vector_widths(schema)
         self.tasks = tuple(widths)
         self.project = nn.ModuleList(short_projection(config.widths[-1], w) for w in widths.values())
-        self.effects = MainEffects(side, schema, widths) if config.main_effects else None
-        self.stored_widths = widths if self.effects is None else self.effects.widths
+        self.effects = tower_end(side, schema, widths, config.main_effects)
+        self.stored_widths = self.effects.widths
         """Task -> columns of its vector, without the bias coordinates."""
 
     def forward(self, hidden: Iterable[Tensor], domain_B: Tensor) -> dict[str, Tensor]:
         """A (B, H) for each task, and (B,) domains -> task -> (B, D), without the bias coordinates."""
         tasks = zip(self.tasks, self.project, hidden, strict=True)
-        vectors = {task: project(hidden_BH) for task, project, hidden_BH in tasks}
-        return vectors if self.effects is None else self.effects(vectors, domain_B)
+        return self.effects({task: project(hidden_BH) for task, project, hidden_BH in tasks}, domain_B)
 
 
 class PlainTower(nn.Module):

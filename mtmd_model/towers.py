@@ -19,7 +19,7 @@ from mtmd_model.domain_expert import DomainExpert
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN
-from mtmd_model.main_effects import MainEffects
+from mtmd_model.main_effects import tower_end
 from mtmd_model.partial_pooling import Counterpart
 from mtmd_model.schema import Schema, Side
 from mtmd_model.slices import tasks_of
@@ -39,8 +39,8 @@ class TowerOutput:
     """What a tower makes of a batch."""
 
     embeddings: dict[str, Tensor]
-    """Task -> (B, D) emb_deep ∥ emb_shallow, behind the end of the tower (`main_effects`); of a task that the row's domain
-    does not have it means nothing."""
+    """Task -> (B, D) emb_deep ∥ emb_shallow, behind the end of the tower (`main_effects`); zero for a task that the row's
+    domain does not have."""
     gates: dict[str, Tensor]
     """Domain -> (tasks of the domain, rows of the domain, experts), of the domains that have rows."""
 
@@ -66,8 +66,8 @@ class Tower(nn.Module):
         deep_width = {t.name: config.embedding_width(t) for t in schema.tasks}
         shallow_width = config.shallow[-1] if "shallow" in config.experts else 0
         self.widths = {task: deep + shallow_width for task, deep in deep_width.items()}
-        self.effects = MainEffects(side, schema, self.widths) if config.main_effects else None
-        self.stored_widths = self.widths if self.effects is None else self.effects.widths
+        self.effects = tower_end(side, schema, self.widths, config.main_effects)
+        self.stored_widths = self.effects.widths
         """Task -> columns of its vector, without the bias coordinates."""
 
         features = schema.side(side)
@@ -118,9 +118,7 @@ class Tower(nn.Module):
         sorted_BW = torch.cat([self._all_tasks(d, out.embedding_BW) for d, out in outputs.items()])
         embedding_BW = _Permute.apply(sorted_BW, groups.inverse_B, groups.order_B)
         parts = embedding_BW.split(list(self.widths.values()), 1)
-        embeddings = dict(zip(self.widths, parts, strict=True))
-        if self.effects is not None:
-            embeddings = self.effects(embeddings, x.domain)
+        embeddings = self.effects(dict(zip(self.widths, parts, strict=True)), x.domain)
         return TowerOutput(embeddings, {d: out.gates_TBE for d, out in outputs.items()})
 
     def counterparts(self) -> list[dict[str, Counterpart]]:
