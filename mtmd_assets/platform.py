@@ -6,6 +6,7 @@ are the fields of `Platform` and, below them, of the types in `mtmd_assets.platf
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -184,22 +185,38 @@ class Platform(Frozen):
             surfaces=self.surfaces,
             products=self.products,
             tasks=tuple(ModelTask(t.name, t.given, t.weight, t.width, self.task_slices[t.name]) for t in self.tasks),
-            features=tuple(
-                ModelFeature(
-                    name=f.name,
-                    side=f.side,
-                    kind=f.kind,
-                    domains=(f.surfaces or self.surfaces) if f.side == "query" else (f.products or self.products),
-                    log1p=f.log1p,
-                    width=f.width,
-                    vocabulary=f.vocabulary,
-                    buckets=f.buckets,
-                    min_count=f.min_count,
-                    key=f.key,
-                )
-                for f in self.features
-            ),
+            features=tuple(model_feature for f in self.features for model_feature in self._model_features(f)),
         )
+
+    def _model_features(self, feature: Feature) -> list[ModelFeature]:
+        """What the towers read of a feature: a dense one with bins is both a number and the bin that it lies in."""
+        own, all_domains = (
+            (feature.surfaces, self.surfaces) if feature.side == "query" else (feature.products, self.products)
+        )
+        as_it_is = ModelFeature(
+            name=feature.name,
+            side=feature.side,
+            kind=feature.kind,
+            domains=own or all_domains,
+            log1p=feature.log1p,
+            width=feature.width,
+            vocabulary=feature.vocabulary,
+            buckets=feature.buckets,
+            min_count=feature.min_count,
+            key=feature.key and feature.kind == "categorical",
+        )
+        if feature.bins is None:
+            return [as_it_is]
+        binned = replace(
+            as_it_is,
+            name=f"{feature.name} in bins",
+            kind="categorical",
+            log1p=False,
+            key=feature.key,
+            bins=feature.bins,
+            of=feature.name,
+        )
+        return [as_it_is, binned]
 
 
 # -- reading ---------------------------------------------------------------------------------------------------

@@ -122,8 +122,11 @@ class Feature(Frozen):
     """Contract: the share of rows that may lack it where it should be present."""
     log1p: Flag = False
     """Dense only: sign(x) * log(1 + |x|), for counts and other heavy tails."""
+    bins: Integer | None = Field(None, gt=1)
+    """Dense only: read also as one of so many bins with equal shares of the training window's rows, each with a row of an
+    embedding table: for numbers along which the scores jump, as those of trees do."""
     width: Integer = Field(8, gt=0)
-    """Categorical only: columns of its embedding table."""
+    """Categorical, or dense with `bins`: columns of its embedding table."""
     vocabulary: tuple[str, ...] | None = None
     """Categorical only: the values that get a row of their own. Exactly one of this, `buckets` and `min_count`."""
     buckets: Integer | None = Field(None, gt=0)
@@ -131,7 +134,7 @@ class Feature(Frozen):
     min_count: Integer | None = Field(None, gt=0)
     """Categorical only: learn the vocabulary from the training window, values seen at least this often."""
     key: Flag = False
-    """Categorical only: read by the shallow expert."""
+    """Categorical, or dense with `bins`: read by the shallow expert."""
     history: History | None = None
     """Computed from earlier days rather than read from the log."""
 
@@ -170,12 +173,16 @@ class Feature(Frozen):
                 raise Fault("", "a categorical feature needs exactly one of vocabulary, buckets, min_count", encodings)
             if self.log1p:
                 raise Fault("log1p", "for dense features only", self.log1p)
+            if self.bins is not None:
+                raise Fault("bins", "for dense features only", self.bins)
             if self.history:
                 raise Fault("kind", "a feature from history is dense", self.kind)
         else:
-            ignored = [n for n in ("type", "width") if n in self.model_fields_set] + ["key"] * self.key
-            for n in [*encodings, *ignored]:
+            for n in [*encodings, *["type"] * ("type" in self.model_fields_set)]:
                 raise Fault(n, "for categorical features only", getattr(self, n))
+            embedded = ["width"] * ("width" in self.model_fields_set) + ["key"] * self.key
+            for n in embedded if self.bins is None else []:
+                raise Fault(n, "for categorical features, and dense ones with bins", getattr(self, n))
         if self.vocabulary is not None:
             if not self.vocabulary:
                 raise Fault("vocabulary", "it holds no value", [])

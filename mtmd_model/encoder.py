@@ -4,7 +4,7 @@ Shapes: N rows, F dense features, C categorical features, T tasks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from mtmd_model.batch import Batch, TowerInput
+from mtmd_model.bins import Bins
 from mtmd_model.schema import Feature, Schema, Side
 from mtmd_model.slices import existing_slices
 from mtmd_model.vocabulary import Vocabulary, canonical, distinct
 
 DOMAIN_COLUMN: Mapping[Side, str] = {"query": "surface", "item": "product"}
 WEIGHT = "weight"
+SAMPLED_ROWS = 1_000_000
+"""Of a window, for the edges of bins: of them a bin of a thousandth has a thousand."""
 READ_ROWS = 1 << 15
 """Rows read and encoded at a time: their columns fit a processor's cache, in which they become rows."""
 
@@ -37,7 +40,7 @@ class Encoder:
     """How one model version reads a table; fitted on its training window and stored in its manifest."""
 
     schema: Schema
-    vocabularies: Mapping[str, Vocabulary]
+    vocabularies: Mapping[str, Vocabulary | Bins]
     """By categorical feature."""
 
     @property
@@ -48,7 +51,7 @@ class Encoder:
     def columns(self, labels: bool = True) -> list[str]:
         """The columns to read from a file."""
         scores = [score_column(t.name) for t in self.schema.tasks]
-        names = [*DOMAIN_COLUMN.values(), *(f.name for f in self.schema.features)]
+        names = [*DOMAIN_COLUMN.values(), *(f.column for f in self.schema.features)]
         return list(dict.fromkeys(names + ([*scores, WEIGHT] if labels else [])))
 
     def empty(self, rows: int) -> Batch:
@@ -104,7 +107,7 @@ class Encoder:
             ValueError: as `encode`.
         """
         features = self.schema.side(side)
-        wanted = [DOMAIN_COLUMN[side], *(f.name for f in features)]
+        wanted = [DOMAIN_COLUMN[side], *dict.fromkeys(f.column for f in features)]
         given = table.column_names
         missing = [name for name in wanted if name not in given]
         if missing:
@@ -112,17 +115,20 @@ class Encoder:
         out = self._empty_side(table.num_rows, side) if out is None else out
         dense_NF, ids_NC = out.dense.numpy(), out.ids.numpy()
         for n, f in enumerate(f for f in features if f.kind == "dense"):
-            dense_NF[:, n] = to_float(table[f.name], f.name, f.log1p)
+            dense_NF[:, n] = to_float(table[f.column], f.column, f.log1p)
         for n, f in enumerate(f for f in features if f.kind == "categorical"):
             ids_NC[:, n] = self._ids(table, f)
         out.domain.numpy()[:] = self._domains(table, side)
         return out
 
     def _ids(self, table: pa.Table, feature: Feature) -> NDArray[np.int32]:
+        known, column = self.vocabularies[feature.name], table[feature.column]
+        if isinstance(known, Bins):
+            return known.lookup(to_float(column, feature.column))
         try:
-            return self.vocabularies[feature.name].lookup(table[feature.name])
+            return known.lookup(column)
         except ValueError as error:
-            raise ValueError(f"column {feature.name!r}: {error}") from None
+            raise ValueError(f"column {feature.column!r}: {error}") from None
 
     def _domains(self, table: pa.Table, side: Side) -> NDArray[np.int64]:
         """(N,) index of each row's surface or product."""
@@ -141,35 +147,42 @@ class Encoder:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form without the schema; `from_dict` reads it back."""
-        return {name: {"values": v.values, "buckets": v.buckets} for name, v in self.vocabularies.items()}
+        return {name: asdict(v) for name, v in self.vocabularies.items()}
 
     @classmethod
     def from_dict(cls, schema: Schema, d: Mapping[str, Any]) -> "Encoder":
         """Inverse of `to_dict`, also after a trip through JSON."""
-        values = {name: None if v["values"] is None else tuple(v["values"]) for name, v in d.items()}
-        return cls(schema, {name: Vocabulary(values[name], d[name]["buckets"]) for name in d})
+        return cls(schema, {name: _known(v) for name, v in d.items()})
+
+
+def _known(d: Mapping[str, Any]) -> Vocabulary | Bins:
+    if "edges" in d:
+        return Bins(tuple(d["edges"]))
+    return Vocabulary(None if d["values"] is None else tuple(d["values"]), d["buckets"])
 
 
 def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
-    """Learn the vocabularies of the features with a `min_count` from the training window's files.
+    """Learn from the training window's files the vocabularies of the features with a `min_count`, and the edges of `bins`.
 
     Raises:
-        ValueError: a categorical feature without exactly one of vocabulary, buckets and min_count, or a
+        ValueError: a categorical feature without exactly one of vocabulary, buckets, min_count and bins, or a
             feature that a file does not have.
     """
     categorical = [f for f in schema.features if f.kind == "categorical"]
     for f in categorical:
-        given = [k for k in ("vocabulary", "buckets", "min_count") if getattr(f, k) is not None]
+        given = [k for k in ("vocabulary", "buckets", "min_count", "bins") if getattr(f, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"feature {f.name!r} needs one of vocabulary, buckets and min_count, got {given}")
-    learned = [f.name for f in categorical if f.min_count is not None]
-    counts = _count(learned, files)
-    vocabularies = {}
+            raise ValueError(f"feature {f.name!r} needs one of vocabulary, buckets, min_count and bins, got {given}")
+    counts = _count([f.column for f in categorical if f.min_count is not None], files)
+    numbers = _sample([f.column for f in categorical if f.bins is not None], files)
+    vocabularies: dict[str, Vocabulary | Bins] = {}
     for f in categorical:
         if f.min_count is not None:
-            found = counts[f.name]
+            found = counts[f.column]
             frequent = found.filter(pc.greater_equal(found["n"], f.min_count))["value"].to_pylist()
             vocabularies[f.name] = Vocabulary(tuple(sorted(frequent)))
+        elif f.bins is not None:
+            vocabularies[f.name] = Bins.fit(numbers[f.column], f.bins)
         else:
             vocabularies[f.name] = Vocabulary(f.vocabulary, f.buckets)
     return Encoder(schema, vocabularies)
@@ -254,10 +267,7 @@ def _count(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, pa.Ta
     empty = pa.table({"value": pa.array([], pa.large_string()), "n": pa.array([], pa.int64())})
     merged = dict.fromkeys(names, empty)
     pending: dict[str, list[pa.Table]] = {name: [] for name in names}
-    for table in read_tables(files, names) if names else ():
-        missing = [name for name in names if name not in table.column_names]
-        if missing:
-            raise ValueError(f"a training file lacks the columns {missing}; it has {table.column_names}")
+    for table in _training_tables(names, files):
         for name in names:
             uniques, index = distinct(table[name])
             seen = np.bincount(index[index >= 0], minlength=len(uniques))
@@ -266,6 +276,27 @@ def _count(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, pa.Ta
             if sum(len(part) for part in pending[name]) > len(merged[name]):
                 merged[name], pending[name] = _sum_counts([merged[name], *pending[name]]), []
     return {name: _sum_counts([merged[name], *pending[name]]) for name in names}
+
+
+def _sample(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, NDArray[np.float32]]:
+    """The numbers of each column, of every row or of rows at equal distances, `SAMPLED_ROWS` of them or a few less."""
+    rows = sum(sum(group_sizes(path)) for path in files) if names else 0
+    step, start = -(-rows // SAMPLED_ROWS) or 1, 0
+    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+    for table in _training_tables(names, files):
+        for name in names:
+            parts[name].append(to_float(table[name], name)[-start % step :: step])
+        start += len(table)
+    return {name: np.concatenate([*found, np.empty(0, np.float32)]) for name, found in parts.items()}
+
+
+def _training_tables(names: Sequence[str], files: Sequence[str | Path]) -> Iterator[pa.Table]:
+    """As `read_tables`, all of which have to have the columns; none if there are no names."""
+    for table in read_tables(files, names) if names else ():
+        missing = [name for name in names if name not in table.column_names]
+        if missing:
+            raise ValueError(f"a training file lacks the columns {missing}; it has {table.column_names}")
+        yield table
 
 
 def _sum_counts(parts: Sequence[pa.Table]) -> pa.Table:

@@ -18,7 +18,7 @@ Kind = Literal["dense", "categorical"]
 class Feature:
     """One input column of one tower.
 
-    A categorical feature has exactly one of `vocabulary`, `buckets` and `min_count`.
+    A categorical feature has exactly one of `vocabulary`, `buckets`, `min_count` and `bins`.
     """
 
     name: str
@@ -38,6 +38,16 @@ class Feature:
     """Categorical only: learn the vocabulary from the training window, values seen at least this often."""
     key: bool = False
     """Categorical only: read by the shallow expert (paper section 2.1.3)."""
+    bins: int | None = None
+    """Categorical only: a number is read, and known by its bin among so many of the training window's quantiles
+    (`mtmd_model.bins`)."""
+    of: str | None = None
+    """The column that is read, where it is not the feature's name: a dense feature's and that of its bins are one."""
+
+    @property
+    def column(self) -> str:
+        """The column that is read."""
+        return self.of or self.name
 
 
 @dataclass(frozen=True)

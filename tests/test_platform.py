@@ -140,6 +140,10 @@ MISTAKES = [
     (feature(type="text"), "features.5.type", "text"),
     (feature(width=8), "features.5.width", "8"),
     (feature(key=True), "features.5.key", "True"),
+    (feature(bins=1), "features.5.bins", "1"),
+    (feature(bins=4, type="integer"), "features.5.type", "integer"),
+    (feature(bins=4, min_count=2), "features.5.min_count", "2"),
+    (feature(kind="categorical", buckets=3, bins=4), "features.5.bins", "4"),
     (feature(max_missing=NAN), "features.5.max_missing", "nan"),
     (categories(), "features.5.vocabulary", "[]"),
     (categories("a", "b", "a"), "features.5.vocabulary.2", "a"),
@@ -463,8 +467,19 @@ def test_slices_tasks_and_columns_are_derived():
     assert platform.model_schema.side("query")[1].domains == ("search",)
 
 
-def test_the_schema_survives_json():
-    schema = parse_platform(MINIMAL, "toy.yaml").model_schema
+def test_a_number_with_bins_is_read_twice_from_one_column():
+    changes = feature(bins=16, width=3, key=True, log1p=True, surfaces=["search"])
+    platform = parse_platform(broken(**changes), "toy.yaml")
+    number, binned = platform.model_schema.side("query")[-2:]
+    assert (number.kind, number.column, number.log1p, number.key, number.bins) == ("dense", "x", True, False, None)
+    assert (binned.kind, binned.column, binned.bins, binned.width, binned.key) == ("categorical", "x", 16, 3, True)
+    assert number.domains == binned.domains == ("search",)
+    assert [c for c in tables(platform)["joined_examples"] if c.startswith("x")] == ["x"]
+
+
+@pytest.mark.parametrize("changes", [{}, feature(bins=16)], ids=["minimal", "bins"])
+def test_the_schema_survives_json(changes):
+    schema = parse_platform(broken(**changes), "toy.yaml").model_schema
     assert type(schema).from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
 
 
