@@ -16,10 +16,6 @@ from mtmd_model.domain_adaptation import Adapted
 from mtmd_model.ffn import GroupedFFN, GroupedLayerNorm, short_projection
 from mtmd_model.partial_pooling import Counterpart
 
-GATE_SCALE = 0.1
-"""Of the routing layer's logits. AdamW moves every weight at one rate: unscaled, gates leave equality at the rate at
-which experts learn, by the noise of the first batches."""
-
 
 @dataclass(frozen=True)
 class ExpertOutput:
@@ -138,4 +134,4 @@ class DomainExpert(nn.Module):
             return own_BD.new_full((self.tasks, len(own_BD), len(self.mixed)), 1 / len(self.mixed))
         with torch.autocast(own_BD.device.type, enabled=False):
             logits_TBE = self.router(own_BD.to(torch.promote_types(own_BD.dtype, torch.float32)))
-            return (GATE_SCALE * logits_TBE).softmax(-1)
+            return logits_TBE.softmax(-1)

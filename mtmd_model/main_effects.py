@@ -25,12 +25,14 @@ HORIZON = 2_000.0
 """Rows after which a running mean forgets."""
 
 
-def tower_end(side: Side, schema: Schema, widths: Mapping[str, int], main_effects: bool) -> "MainEffects | AsTheyAre":
+def tower_end(
+    side: Side, schema: Schema, widths: Mapping[str, int], main_effects: bool
+) -> "MainEffects | NoMainEffects":
     """What a tower's vectors go through last; arguments as of `MainEffects`."""
-    return MainEffects(side, schema, widths) if main_effects else AsTheyAre(widths)
+    return MainEffects(side, schema, widths) if main_effects else NoMainEffects(widths)
 
 
-class AsTheyAre(nn.Module):
+class NoMainEffects(nn.Module):
     """The vectors without main effects, as in the paper."""
 
     def __init__(self, widths: Mapping[str, int]) -> None:

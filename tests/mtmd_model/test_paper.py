@@ -51,7 +51,7 @@ def test_a_domain_expert_is_the_papers_formula(norm: Literal["pre", "post", "non
 
     task_shared, parts = layers(expert.deep_and_task_shared, 2, own), []
     for t, width in enumerate((4, 2)):
-        gate = F.softmax(0.1 * layers(expert.router, t, own), -1)
+        gate = F.softmax(layers(expert.router, t, own), -1)
         experts = (layers(expert.deep_and_task_shared, t, own), task_shared, shared)
         x = torch.cat([gate[:, [e]] * y for e, y in enumerate(experts)], -1)
 
