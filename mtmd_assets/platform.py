@@ -211,7 +211,6 @@ class Platform(Frozen):
             as_it_is,
             name=f"{feature.name} in bins",
             kind="categorical",
-            log1p=False,
             key=feature.key,
             bins=feature.bins,
             of=feature.name,

@@ -6,7 +6,8 @@ as those of trees do. A vector a bin has a value of its own for each part of the
 Reference: Gorishniy, Rubachev and Babenko, On embeddings for numerical features in tabular deep learning, NeurIPS 2022,
 https://arxiv.org/abs/2203.05556 (section 3.2.1: bins from quantiles).
 
-Row 0 is a missing value; row 1, unknown elsewhere, is unused (`vocabulary.py`).
+Row 0 is a missing value; row 1, unknown, is that of a bin which none of the rows has that train a table
+(`embeddings.py`).
 """
 
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from mtmd_model.schema import Schema
 from mtmd_model.two_tower import TwoTower
 
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
-FORMAT = 2
+FORMAT = 3
 _IDENTITY = ("format", "schema", "encoder", "architecture", "model_config")
 """The manifest's entries without which the tensors cannot be read."""
 RESERVED = frozenset({*_IDENTITY, "fingerprint", "tensors_sha256"})

@@ -124,7 +124,7 @@ class Encoder:
     def _ids(self, table: pa.Table, feature: Feature) -> NDArray[np.int32]:
         known, column = self.vocabularies[feature.name], table[feature.column]
         if isinstance(known, Bins):
-            return known.lookup(to_float(column, feature.column))
+            return known.lookup(to_float(column, feature.column, feature.log1p))
         try:
             return known.lookup(column)
         except ValueError as error:
@@ -174,7 +174,7 @@ def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
         if len(given) != 1:
             raise ValueError(f"feature {f.name!r} needs one of vocabulary, buckets, min_count and bins, got {given}")
     counts = _count([f.column for f in categorical if f.min_count is not None], files)
-    numbers = _sample([f.column for f in categorical if f.bins is not None], files)
+    numbers = _sample([f for f in categorical if f.bins is not None], files)
     vocabularies: dict[str, Vocabulary | Bins] = {}
     for f in categorical:
         if f.min_count is not None:
@@ -182,7 +182,7 @@ def fit_encoder(schema: Schema, files: Sequence[str | Path]) -> Encoder:
             frequent = found.filter(pc.greater_equal(found["n"], f.min_count))["value"].to_pylist()
             vocabularies[f.name] = Vocabulary(tuple(sorted(frequent)))
         elif f.bins is not None:
-            vocabularies[f.name] = Bins.fit(numbers[f.column], f.bins)
+            vocabularies[f.name] = Bins.fit(numbers[f.name], f.bins)
         else:
             vocabularies[f.name] = Vocabulary(f.vocabulary, f.buckets)
     return Encoder(schema, vocabularies)
@@ -278,14 +278,14 @@ def _count(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, pa.Ta
     return {name: _sum_counts([merged[name], *pending[name]]) for name in names}
 
 
-def _sample(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, NDArray[np.float32]]:
-    """The numbers of each column, of every row or of rows at equal distances, `SAMPLED_ROWS` of them or a few less."""
-    rows = sum(sum(group_sizes(path)) for path in files) if names else 0
+def _sample(features: Sequence[Feature], files: Sequence[str | Path]) -> dict[str, NDArray[np.float32]]:
+    """Each feature's numbers, of every row or of rows at equal distances, at most `SAMPLED_ROWS`."""
+    rows = sum(sum(group_sizes(path)) for path in files) if features else 0
     step, start = -(-rows // SAMPLED_ROWS) or 1, 0
-    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
-    for table in _training_tables(names, files):
-        for name in names:
-            parts[name].append(to_float(table[name], name)[-start % step :: step])
+    parts: dict[str, list[NDArray[np.float32]]] = {f.name: [] for f in features}
+    for table in _training_tables([f.column for f in features], files):
+        for f in features:
+            parts[f.name].append(to_float(table[f.column], f.column, f.log1p)[-start % step :: step])
         start += len(table)
     return {name: np.concatenate([*found, np.empty(0, np.float32)]) for name, found in parts.items()}
 

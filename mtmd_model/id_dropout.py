@@ -38,7 +38,7 @@ class IdDropout(nn.Module):
         self.rate = rate
         sides: tuple[Side, Side] = ("query", "item")
         for side in sides:
-            open_ended = [f.vocabulary is None and f.bins is None for f in schema.side(side) if f.kind == "categorical"]
+            open_ended = [f.open_ended for f in schema.side(side) if f.kind == "categorical"]
             self.register_buffer(f"{side}_C", torch.tensor(open_ended, dtype=torch.bool), persistent=False)
 
     def forward(self, batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ Kind = Literal["dense", "categorical"]
 
 @dataclass(frozen=True)
 class Feature:
-    """One input column of one tower.
+    """What one tower reads of a column.
 
     A categorical feature has exactly one of `vocabulary`, `buckets`, `min_count` and `bins`.
     """
@@ -27,7 +27,7 @@ class Feature:
     domains: tuple[str, ...]
     """The tower's domains (surfaces for a query feature, products for an item feature) that have it."""
     log1p: bool = False
-    """Dense only: sign(x) * log(1 + |x|) before normalisation, for counts and other heavy tails."""
+    """Of numbers only: sign(x) * log(1 + |x|) before all else, for counts and other heavy tails."""
     width: int = 8
     """Categorical only: columns of its embedding table."""
     vocabulary: tuple[str, ...] | None = None
@@ -48,6 +48,11 @@ class Feature:
     def column(self) -> str:
         """The column that is read."""
         return self.of or self.name
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether tomorrow brings values of it that nobody has listed: ids that are learned from the window or hashed."""
+        return self.kind == "categorical" and self.vocabulary is None and self.bins is None
 
 
 @dataclass(frozen=True)

@@ -473,6 +473,7 @@ def test_a_number_with_bins_is_read_twice_from_one_column():
     number, binned = platform.model_schema.side("query")[-2:]
     assert (number.kind, number.column, number.log1p, number.key, number.bins) == ("dense", "x", True, False, None)
     assert (binned.kind, binned.column, binned.bins, binned.width, binned.key) == ("categorical", "x", 16, 3, True)
+    assert binned.log1p, "a number too large for 32 bits is missing in both or in neither"
     assert number.domains == binned.domains == ("search",)
     assert [c for c in tables(platform)["joined_examples"] if c.startswith("x")] == ["x"]
 

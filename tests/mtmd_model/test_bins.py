@@ -1,4 +1,4 @@
-"""Numbers to bins: equal shares of the window, no empty bin, the same bins whatever the files' order."""
+"""Numbers to bins: equal shares of the window, no empty bin, a large window sampled evenly."""
 
 import json
 from collections.abc import Callable
@@ -101,11 +101,12 @@ def test_the_window_decides_the_bins_and_a_manifest_keeps_them(write: Callable[[
 
 
 def test_a_large_window_is_sampled_over_all_of_its_files(write: Callable[[pa.Table], Path], monkeypatch):
-    files = [write(examples(400, seed)) for seed in range(3)]
+    files = [write(examples(401, seed)) for seed in range(3)]
     whole = edges(fit_encoder(binned(4), files))
-    monkeypatch.setattr(encoders, "SAMPLED_ROWS", 300)
-    monkeypatch.setattr(encoders, "READ_ROWS", 64)
-    taken = encoders._sample(["q0"], files)["q0"]
+    monkeypatch.setattr(encoders, "SAMPLED_ROWS", 350)
+    monkeypatch.setattr(encoders, "READ_ROWS", 63)
+    feature = binned().features[-1]
+    taken = encoders._sample([feature], files)[feature.name]
     numbers = np.concatenate([t["q0"].to_numpy() for t in encoders.read_tables(files, ["q0"])]).astype(np.float32)
     assert np.array_equal(taken, numbers[::4], equal_nan=True)
     assert np.abs(edges(fit_encoder(binned(4), files)) - whole).max() < 0.5 * np.nanstd(numbers)
