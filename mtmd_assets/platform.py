@@ -185,19 +185,17 @@ class Platform(Frozen):
             surfaces=self.surfaces,
             products=self.products,
             tasks=tuple(ModelTask(t.name, t.given, t.weight, t.width, self.task_slices[t.name]) for t in self.tasks),
-            features=tuple(model_feature for f in self.features for model_feature in self._model_features(f)),
+            features=tuple(read for f in self.features for read in self._model_features(f)),
         )
 
     def _model_features(self, feature: Feature) -> list[ModelFeature]:
         """What the towers read of a feature: a dense one with bins is both a number and the bin that it lies in."""
-        own, all_domains = (
-            (feature.surfaces, self.surfaces) if feature.side == "query" else (feature.products, self.products)
-        )
+        on_surfaces, for_products = feature.surfaces or self.surfaces, feature.products or self.products
         as_it_is = ModelFeature(
             name=feature.name,
             side=feature.side,
             kind=feature.kind,
-            domains=own or all_domains,
+            domains=on_surfaces if feature.side == "query" else for_products,
             log1p=feature.log1p,
             width=feature.width,
             vocabulary=feature.vocabulary,

@@ -152,10 +152,10 @@ class Encoder:
     @classmethod
     def from_dict(cls, schema: Schema, d: Mapping[str, Any]) -> "Encoder":
         """Inverse of `to_dict`, also after a trip through JSON."""
-        return cls(schema, {name: _known(v) for name, v in d.items()})
+        return cls(schema, {name: _vocabulary_or_bins(v) for name, v in d.items()})
 
 
-def _known(d: Mapping[str, Any]) -> Vocabulary | Bins:
+def _vocabulary_or_bins(d: Mapping[str, Any]) -> Vocabulary | Bins:
     if "edges" in d:
         return Bins(tuple(d["edges"]))
     return Vocabulary(None if d["values"] is None else tuple(d["values"]), d["buckets"])
