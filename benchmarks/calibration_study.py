@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.worlds import options, world
 from mtmd_assets.cli import backfill
-from mtmd_assets.contenders import change_of, train_config
+from mtmd_assets.contenders import change_of
 from mtmd_assets.home import Home, Site
 from mtmd_assets.platform import SHIPPED
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
@@ -59,8 +59,8 @@ def worlds(folder: Path, count: int, base: Path) -> list[tuple[Site, TrainJob]]:
         days = [site.platform.start + timedelta(n) for n in range(DAYS)]
         if site.warehouse.missing("joined_examples", days[0], days[-1]):
             backfill(home, site, "data", days[0], days[-1])
-        config = train_config(site.platform, change_of(site.platform, "mtmd"))
-        found.append((site, training_jobs(site, days[:STOP], {"calibration": config})["calibration"]))
+        training = change_of(site.platform, "mtmd"), site.platform.training.seed
+        found.append((site, training_jobs(site, days[:STOP], {"calibration": training})["calibration"]))
     return found
 
 

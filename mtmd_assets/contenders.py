@@ -16,6 +16,7 @@ from mtmd_assets.platform import Platform
 from mtmd_assets.platform_parts import Contender
 
 if TYPE_CHECKING:
+    from mtmd_model.schema import Schema
     from mtmd_model.train import TrainConfig
 
 CONTENDERS = ("slice_towers", "pooled_towers", "mmoe_dcn", "soft_slice_towers")
@@ -33,6 +34,8 @@ class Change:
     """Fields of the platform file's `training`."""
     sample_rate: float = 1.0
     """Share of the training rows."""
+    bins: bool = True
+    """Whether numbers that have bins (`mtmd_model.bins`) are read in them too."""
 
     def on(self, settings: Mapping[str, Any]) -> "Change":
         """The same change of something that has these settings, in the platform file's words, already."""
@@ -63,12 +66,13 @@ ABLATIONS: Mapping[str, Change] = {
     "one_model_a_product": Change(architecture="product_mtmd"),
     "unpooled": Change(training={"deviation": None}),
     "no_main_effects": Change(training={"main_effects": False}),
+    "no_bins": Change(bins=False),
     "last_step": Change(training={"averaged_passes": 0.0}),
 }
 """By the name in the column `model`. `no_cross` is without DCN (table 6); `unconstrained` has independent tasks of equal
 width (table 5); `width_*` give every task's emb_deep one width (section 3.4, before the preset's divisor); `unpooled`
-trains the domain experts without `mtmd_model.partial_pooling`, `last_step` keeps the weights of a pass's last step
-(`mtmd_model.averaging`)."""
+trains the domain experts without `mtmd_model.partial_pooling`, `no_bins` reads numbers as numbers only, `last_step` keeps
+the weights of a pass's last step (`mtmd_model.averaging`)."""
 
 MODELS = ("mtmd", *CONTENDERS, *ABLATIONS)
 
@@ -93,8 +97,15 @@ def change_of(platform: Platform, model: str) -> Change:
 
 def is_mtmd(platform: Platform, model: str) -> bool:
     """Whether an ablation takes nothing away: the platform's training has not what it is without."""
-    own, whole = (train_config(platform, change_of(platform, name), 0) for name in (model, "mtmd"))
-    return own == whole
+    own, whole = (change_of(platform, name) for name in (model, "mtmd"))
+    same_features = model_schema(platform, own) == model_schema(platform, whole)
+    return same_features and train_config(platform, own, 0) == train_config(platform, whole, 0)
+
+
+def model_schema(platform: Platform, change: Change) -> "Schema":
+    """The platform's domains, tasks and features, with a change."""
+    schema = platform.model_schema
+    return schema if change.bins else replace(schema, features=tuple(f for f in schema.features if f.bins is None))
 
 
 def train_config(platform: Platform, change: Change | None = None, seed: int | None = None) -> "TrainConfig":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets import model_store
+from mtmd_assets.contenders import Change, model_schema, train_config
 from mtmd_assets.home import Site
 
 if TYPE_CHECKING:
@@ -37,26 +38,26 @@ class TrainJob:
     manifest: Mapping[str, Any]
 
 
-def training_jobs(site: Site, window: Sequence[date], configs: Mapping[str, "TrainConfig"]) -> dict[str, TrainJob]:
+def training_jobs(
+    site: Site, window: Sequence[date], trainings: Mapping[str, tuple[Change, int]]
+) -> dict[str, TrainJob]:
     """The trainings of an experiment on a window, the last day of which decides when to stop.
 
     Args:
-        configs: by a label. A job's name has it, and a hash of code, data and settings: a folder that is there was
-            trained by the same.
+        trainings: what sets each apart and its seed, by a label. A job's name has the label, and a hash of code, data and
+            settings: a folder that is there was trained by the same.
     """
-    schema = site.platform.model_schema
+    platform = site.platform
     files = {d: site.warehouse.path("joined_examples", d) for d in window}
-    shared = {
-        "data": {str(d): model_store.file_hash(f) for d, f in files.items()},
-        "schema": schema.to_dict(),
-        "code": model_store.code_version(),
-    }
-    manifest = {"platform": site.platform.name, "window": [str(d) for d in window], "data": shared["data"]}
+    data, code = {str(d): model_store.file_hash(f) for d, f in files.items()}, model_store.code_version()
+    manifest = {"platform": platform.name, "window": [str(d) for d in window], "data": data}
     *fitted, stopped_on = files.values()
     jobs = {}
-    for label, config in configs.items():
-        ingredients = json.dumps({**shared, "config": config.to_dict()}, sort_keys=True)
-        name = f"{window[-1]}-{label}-{hashlib.sha256(ingredients.encode()).hexdigest()[:10]}"
+    for label, (change, seed) in trainings.items():
+        schema, config = model_schema(platform, change), train_config(platform, change, seed)
+        ingredients = {"data": data, "schema": schema.to_dict(), "code": code, "config": config.to_dict()}
+        digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+        name = f"{window[-1]}-{label}-{digest[:10]}"
         folder = site.folder / "experiments" / name
         jobs[label] = TrainJob(name, schema, tuple(fitted), (stopped_on,), config, folder, manifest)
     return jobs

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
+from mtmd_assets.contenders import CONTENDERS, Change, change_of
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
@@ -226,8 +226,8 @@ def _job(site: Site, trial: _Trial) -> TrainJob:
     holes = [d for d in window if not site.warehouse.published("joined_examples", d)]
     if holes or len(window) < 2:
         raise Withheld(f"joined_examples has no {', '.join(map(str, holes or [day - timedelta(1)]))}")
-    config = train_config(platform, trial.change, trial.seed)
-    [job] = training_jobs(site, window, {f"trial-{trial.model}-{trial.seed}": config}).values()
+    trainings = {f"trial-{trial.model}-{trial.seed}": (trial.change, trial.seed)}
+    [job] = training_jobs(site, window, trainings).values()
     return job
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, is_mtmd, train_config
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, is_mtmd, model_schema, train_config
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.platform_parts import Contender, OwnMTMD
 from mtmd_model.config import MTMDConfig
@@ -62,10 +62,11 @@ def test_experiments_may_have_a_larger_mtmd_than_the_daily_model():
 def test_an_ablation_changes_one_thing_that_it_is_named_after(name):
     adworld = shipped_platform("adworld")
     training = adworld.training.model_copy(update={"main_effects": True, "averaged_passes": 2.0})
-    platform = adworld.model_copy(update={"training": training})
+    binned = [f.model_copy(update={"bins": 8, "width": 4}) if f.kind == "dense" else f for f in adworld.features]
+    platform = adworld.model_copy(update={"training": training, "features": binned})
     assert not is_mtmd(platform, name)
     bare = adworld.training.model_copy(update={"main_effects": False, "averaged_passes": 0.0})
-    nothing_taken = name in ("no_main_effects", "last_step")
+    nothing_taken = name in ("no_main_effects", "last_step", "no_bins")
     assert is_mtmd(adworld.model_copy(update={"training": bare}), name) == nothing_taken
     whole = train_config(platform, change_of(platform, "mtmd"), 0).to_dict()
     without = train_config(platform, change_of(platform, name), 0).to_dict()
@@ -80,8 +81,13 @@ def test_an_ablation_changes_one_thing_that_it_is_named_after(name):
         for b, w in (v.items() if isinstance(v, dict) else [("", v)])
     }
     different = {k for k in flat if flat[k] != changed[k]}
-    expected = 2 if name == "no_domain_adaptation" else 1
+    expected = {"no_domain_adaptation": 2, "no_bins": 0}.get(name, 1)
     assert len(different) == expected, different
+    read = model_schema(platform, change_of(platform, name)).features
+    unread = set(platform.model_schema.features) - {*read}
+    assert {f.name for f in unread} == (
+        {f"{f.name} in bins" for f in binned if f.kind == "dense"} if name == "no_bins" else set()
+    )
 
 
 def test_models_are_known_by_one_name():

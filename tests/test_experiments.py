@@ -224,9 +224,12 @@ def test_an_ablation_of_what_the_platform_does_not_have_is_left_out(studied, tmp
     def run(job, first, last=None, only=(), config=None):
         started.append((config or {}).get("ops"))
 
-    assert study.results(studied.site, ["last_step", "no_main_effects"], tmp_path / "results.md", run, quiet) == 0
+    assert (
+        study.results(studied.site, ["last_step", "no_main_effects", "no_bins"], tmp_path / "results.md", run, quiet)
+        == 0
+    )
     assert started == []
-    assert capsys.readouterr().out.startswith("last_step, no_main_effects: without what adworld does not have")
+    assert capsys.readouterr().out.startswith("last_step, no_main_effects, no_bins: without what adworld does not have")
 
 
 def test_as_many_seeds_as_are_asked_for_are_trained(studied, tmp_path):

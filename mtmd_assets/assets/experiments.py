@@ -20,7 +20,7 @@ import sql
 from mtmd_assets.assets.common import asset_key, daily_partitions, preview
 from mtmd_assets.assets.evaluation import create_scored, predictions
 from mtmd_assets.assets.training import verify_window, window_source
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, train_config
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
@@ -213,11 +213,8 @@ def train_models(
 def _jobs(site: Site, window: Sequence[date], models: Sequence[tuple[str, int]]) -> dict[tuple[str, int], TrainJob]:
     """(model, seed) -> its training."""
     platform = site.platform
-    configs = {
-        f"{m}-{seed}": train_config(platform, change_of(platform, m), _training_seed(window[-1], seed))
-        for m, seed in models
-    }
-    return dict(zip(models, training_jobs(site, window, configs).values(), strict=True))
+    trainings = {f"{m}-{seed}": (change_of(platform, m), _training_seed(window[-1], seed)) for m, seed in models}
+    return dict(zip(models, training_jobs(site, window, trainings).values(), strict=True))
 
 
 def _training_seed(last: date, seed: int) -> int:
