@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
-from datetime import date
+from datetime import date, timedelta
 
 import numpy as np
 import polars as pl
@@ -17,13 +17,14 @@ from tests.studied import DAYS, OF_DAY, TRAINED, quiet
 from tests.worlds import query, show_failure
 
 
-def test_the_days_that_lack_are_built_then_each_evaluation_day_is_scored(studied):
-    assert [(job, day) for job, day, _ in studied.runs[:4]] == [
+def test_the_days_that_lack_are_built_then_the_evaluation_days_are_scored_in_one_run(studied):
+    assert [(job, day) for job, day, _ in studied.runs[:3]] == [
         ("data", date(2026, 1, 1)),
         ("experiments", DAYS[0]),
-        ("experiments", DAYS[1]),
         ("improvements", DAYS[1]),
     ]
+    for table in ("experiment_models", "experiment_predictions"):
+        assert studied.materialized(table) == {str(d) for d in DAYS}
 
 
 def test_the_command_writes_the_same_document_and_prints_the_headline(studied, tmp_path, monkeypatch, capsys):
@@ -160,6 +161,21 @@ def test_a_day_without_its_window_is_withheld(studied):
     assert "joined_examples has no 2026-01-17" in show_failure(result) or "2026-01-17" in str(
         [e.step_failure_data for e in result.all_events if e.is_step_failure]
     )
+
+
+def test_a_day_that_is_withheld_fails_alone(studied, capsys):
+    next_day = DAYS[1] + timedelta(1)
+    published = "SELECT ds, count(*) FROM experiment_predictions GROUP BY ds ORDER BY ds"
+    before = query(studied, published)
+    result = studied.run("experiments", DAYS[1], next_day)
+    [failure] = [e.step_failure_data for e in result.all_events if e.is_step_failure]
+    assert failure.user_failure_data.description.startswith(
+        f"not published: {next_day}\n{next_day}: joined_examples has no"
+    )
+    [newest] = studied.instance.fetch_materializations(studied.key("experiment_predictions"), limit=1).records
+    assert (newest.run_id, newest.partition_key) == (result.run_id, str(DAYS[1]))
+    assert query(studied, published) == before
+    assert "10 of 10 models are trained already" in capsys.readouterr().out
 
 
 def test_an_unknown_model_is_refused(studied):

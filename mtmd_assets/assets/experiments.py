@@ -7,7 +7,7 @@ interrupted run goes on where it stopped.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ import dagster as dg
 from pydantic import Field
 
 import sql
-from mtmd_assets.assets.common import asset_key, daily_partitions, preview
+from mtmd_assets.assets.common import DayReport, Done, Metadata, Result, asset_key, daily_partitions, preview
 from mtmd_assets.assets.evaluation import create_scored, predictions
 from mtmd_assets.assets.training import verify_window, window_source
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of
@@ -83,20 +83,14 @@ def experiment_assets(site: Site) -> list[dg.AssetsDefinition]:
             for table, description in TABLES.items()
         ],
         partitions_def=daily_partitions(platform),
-        backfill_policy=dg.BackfillPolicy.multi_run(1),
+        backfill_policy=dg.BackfillPolicy.single_run(),
     )
-    def experiments(context: dg.AssetExecutionContext, config: ExperimentConfig) -> Iterator[dg.MaterializeResult]:
+    def experiments(context: dg.AssetExecutionContext, config: ExperimentConfig) -> Iterator[Result]:
         sign(context)
-        day = date.fromisoformat(context.partition_key)
-        if day <= platform.first_window_end:
-            context.log.info(
-                f"{day}: nothing to do, the first model can score {platform.first_window_end + timedelta(1)}"
-            )
-            return
-        try:
-            yield from run_experiments(context, site, day, config)
-        except Withheld as e:
-            raise dg.Failure(str(e), allow_retries=False) from e
+        report = DayReport(context, platform)
+        run_experiments(context, site, config, report)
+        yield from report.results()
+        report.raise_failures()
 
     pooled = dg.TimeWindowPartitionMapping(start_offset=1 - platform.experiments.days, end_offset=0)
 
@@ -125,34 +119,61 @@ def op_name(site: Site) -> str:
     return f"{site.platform.name}_train_and_score"
 
 
-def run_experiments(
-    context: dg.AssetExecutionContext, site: Site, day: date, config: ExperimentConfig
-) -> Iterator[dg.MaterializeResult]:
-    """Train what is missing, score the day, publish it with what was published of other models.
+def run_experiments(context: dg.AssetExecutionContext, site: Site, config: ExperimentConfig, report: DayReport) -> None:
+    """Train what is missing for all days of the run, so that no core waits at the end of each; then score day by day.
 
-    Of these only what today's code, data and settings would make again: an ablation of another mtmd says nothing.
+    A day of which a window's day, or the day itself, is not published fails by itself.
 
     Raises:
-        Withheld: a day of the window, or the day itself, is not published.
         dagster.Failure: an unknown model.
     """
-    import pyarrow as pa
-
     unknown = [m for m in config.models if m not in MODELS]
     if unknown:
         raise dg.Failure(f"models: {unknown} are none of {', '.join(MODELS)}", allow_retries=False)
     platform = site.platform
-    window = platform.window(day - timedelta(1))
-    verify_window(site, [*window, day])
+    windows: dict[date, list[date]] = {}
+    for day in map(date.fromisoformat, context.partition_keys):
+        if day <= platform.first_window_end:
+            first = platform.first_window_end + timedelta(1)
+            context.log.info(f"{day}: nothing to do, the first model can score {first}")
+            continue
+        window = platform.window(day - timedelta(1))
+        try:
+            verify_window(site, [*window, day])
+            windows[day] = window
+        except Withheld as e:
+            report.fail(day, e)
     models = list(dict.fromkeys(["mtmd", *config.models]))
     seeds = range(config.seeds or platform.experiments.seeds)
-    trained = train_models(site, window, models, seeds, config.workers, context.log.info)
-    with site.warehouse.stage(context.run.run_id) as stage, site.warehouse.connect() as con:
+
+    def log(line: str) -> None:
+        """To the run's log, and for who waits at a terminal."""
+        context.log.info(line)
+        print(f"    {line}", flush=True)
+
+    trained = train_models(site, windows, models, seeds, config.workers, log)
+    for day, window in windows.items():
+        metadata = score_day(site, window, day, trained[day], context.run.run_id, log)
+        seen = {"models": ", ".join(models), "seeds": len(seeds)}
+        report.add(day, [Done({table: {**seen, **of_table} for table, of_table in metadata.items()})])
+
+
+def score_day(
+    site: Site, window: Sequence[date], day: date, trained: Sequence[Trained], run_id: str, log: Callable[[str], None]
+) -> dict[str, Metadata]:
+    """Publish the day scored by the models trained on its window, with what was published of others; table -> metadata.
+
+    Of these only what today's code, data and settings would make again: an ablation of another mtmd says nothing.
+    """
+    import pyarrow as pa
+
+    platform = site.platform
+    with site.warehouse.stage(run_id) as stage, site.warehouse.connect() as con:
         create_evaluated(con, platform, site.warehouse, day)
         routing = _score(con, trained)
         con.execute(f"CREATE TEMP VIEW predicted AS FROM of_models WHERE model_version = '{trained[0].version}'")
         create_scored(con, window[0], window[-1], "of_models")
-        kept = _still_current(con, site, window, day, trained, context.log.info)
+        kept = _still_current(con, site, window, day, trained, log)
         others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
         stage.write(
             con,
@@ -183,31 +204,32 @@ def run_experiments(
             day,
             f"FROM routed UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_routing_metrics WHERE {others}",
         )
-        results: list[dg.MaterializeResult] = [
-            dg.MaterializeResult(
-                asset_key=asset_key(platform, table),
-                metadata={
-                    "models": ", ".join(models),
-                    "seeds": len(seeds),
-                    "preview": preview(con, f"SELECT * FROM {table} WHERE ds = '{day}'"),
-                },
-            )
-            for table in TABLES
-        ]
+        metadata: dict[str, Metadata] = {
+            table: {"preview": preview(con, f"SELECT * FROM {table} WHERE ds = '{day}'")} for table in TABLES
+        }
         stage.publish()
-    yield from results
+    return metadata
 
 
 def train_models(
-    site: Site, window: Sequence[date], models: Sequence[str], seeds: Sequence[int], workers: int, log: Any
-) -> list[Trained]:
-    """Every model with every seed on a window, the last day of which decides when to stop."""
+    site: Site,
+    windows: Mapping[date, Sequence[date]],
+    models: Sequence[str],
+    seeds: Sequence[int],
+    workers: int,
+    log: Callable[[str], None],
+) -> dict[date, list[Trained]]:
+    """Every model with every seed on each day's window, the last day of which decides when to stop; by day."""
+    jobs = {day: _jobs(site, window, [(m, seed) for seed in seeds for m in models]) for day, window in windows.items()}
     # seed by seed, so that what an interrupted run leaves is whole tables of fewer seeds
-    jobs = _jobs(site, window, [(model, seed) for seed in seeds for model in models])
-    todo = [job for job in jobs.values() if not (job.folder / "manifest.json").is_file()]
-    log(f"{len(jobs) - len(todo)} of {len(jobs)} models are trained already")
+    every = [jobs[day][model, seed] for seed in seeds for day in windows for model in models]
+    todo = [job for job in every if not (job.folder / "manifest.json").is_file()]
+    log(f"{len(every) - len(todo)} of {len(every)} models are trained already")
     train_all(todo, workers, log)
-    return [Trained(model, seed, job.name, job.folder) for (model, seed), job in jobs.items()]
+    return {
+        day: [Trained(model, seed, job.name, job.folder) for (model, seed), job in of_day.items()]
+        for day, of_day in jobs.items()
+    }
 
 
 def _jobs(site: Site, window: Sequence[date], models: Sequence[tuple[str, int]]) -> dict[tuple[str, int], TrainJob]:
