@@ -106,6 +106,19 @@ class History(Frozen):
         return self
 
 
+_KIND = {
+    **dict.fromkeys(("log1p", "bins", "history"), "dense"),
+    **dict.fromkeys(("type", "vocabulary", "buckets", "min_count"), "categorical"),
+    **dict.fromkeys(("width", "key"), "embedded"),
+}
+"""The kind of feature that a key is for, where it is not for all."""
+_REFUSED = {
+    "dense": "for dense features only",
+    "categorical": "for categorical features only",
+    "embedded": "for categorical features, and dense ones with bins",
+}
+
+
 class Feature(Frozen):
     """One feature column: which tower reads it, and which surfaces or products have it."""
 
@@ -167,22 +180,14 @@ class Feature(Frozen):
             raise Fault("products", "a query feature is had by surfaces, not by products", self.products)
         if self.side == "item" and self.surfaces is not None:
             raise Fault("surfaces", "an item feature is had by products, not by surfaces", self.surfaces)
+        is_a = {self.kind, "embedded"} if self.kind == "categorical" or self.bins else {self.kind}
+        for name, value in self:
+            given = name in self.model_fields_set and value not in (None, False)
+            if given and _KIND.get(name, self.kind) not in is_a:
+                raise Fault(name, _REFUSED[_KIND[name]], value)
         encodings = {n: v for n in ("vocabulary", "buckets", "min_count") if (v := getattr(self, n)) is not None}
-        if self.kind == "categorical":
-            if len(encodings) != 1:
-                raise Fault("", "a categorical feature needs exactly one of vocabulary, buckets, min_count", encodings)
-            if self.log1p:
-                raise Fault("log1p", "for dense features only", self.log1p)
-            if self.bins is not None:
-                raise Fault("bins", "for dense features only", self.bins)
-            if self.history:
-                raise Fault("kind", "a feature from history is dense", self.kind)
-        else:
-            for n in [*encodings, *["type"] * ("type" in self.model_fields_set)]:
-                raise Fault(n, "for categorical features only", getattr(self, n))
-            embedded = ["width"] * ("width" in self.model_fields_set) + ["key"] * self.key
-            for n in embedded if self.bins is None else []:
-                raise Fault(n, "for categorical features, and dense ones with bins", getattr(self, n))
+        if self.kind == "categorical" and len(encodings) != 1:
+            raise Fault("", "a categorical feature needs exactly one of vocabulary, buckets, min_count", encodings)
         if self.vocabulary is not None:
             if not self.vocabulary:
                 raise Fault("vocabulary", "it holds no value", [])
