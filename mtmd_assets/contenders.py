@@ -1,7 +1,7 @@
 """The models that MTMD is measured against, and MTMD with one thing taken away: how each is trained.
 
 A contender is trained on the same window and features and by the same stopping rule as MTMD. What the platform file says of
-it under `experiments.contenders` was chosen on days before those that are evaluated (docs/experiments.md), and of MTMD
+it under `experiments.contenders` was chosen on days before those that are evaluated (docs/tuning.md), and of MTMD
 under `experiments.mtmd`, where the daily model is a cheaper one. An ablation is MTMD's training here with one change. All
 make `experiments.max_epochs` passes, where the platform file has it and nothing of their own.
 
