@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """The exit status of who was interrupted."""
+UNREAD = 141
+"""The exit status of who wrote to a closed pipe."""
 
 SPILL_LIMIT = "10GB"
 """What one shell may spill; `SET max_temp_directory_size` in the shell allows more."""
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "may be given several times",
     )
     for bound in ("first", "last"):
-        commands.choices["backfill"].add_argument(bound, type=date.fromisoformat, help="a day, YYYY-MM-DD")
+        commands.choices["backfill"].add_argument(bound, type=_day, help="a day, YYYY-MM-DD")
     commands.choices["backfill"].add_argument(
         "--job",
         choices=("data", "models", "daily"),
@@ -112,12 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """`main` as a process: it ends without taking apart what Dagster and torch have loaded, which takes seconds."""
-    status = main()
-    atexit._run_exitfuncs()
-    with suppress(BrokenPipeError):  # of a reader that has seen enough
+    try:
+        status = main()
         sys.stdout.flush()
         sys.stderr.flush()
+    except BrokenPipeError:  # a reader has seen enough
+        status = UNREAD
+    atexit._run_exitfuncs()
     os._exit(status)
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a day as YYYY-MM-DD (received {text!r})") from None
 
 
 def register(home: Home, file: str, data: str | None) -> int:
@@ -372,17 +383,19 @@ def prompt(site: Site, query: str | None) -> int:
     """
     if not site.warehouse.database.exists():
         site.warehouse.create()
+    if not any(map(site.warehouse.days, site.warehouse.tables)):
+        print(f"no day of {site.platform.name} is built yet: every table is empty", file=sys.stderr)
     _remove_old_spill(site)
     settings = f"""SET temp_directory = {sql.quoted(site.warehouse.spill)};
         SET max_temp_directory_size = '{SPILL_LIMIT}';
         SET disabled_optimizers = 'join_order';"""
     command = [_duckdb(), "-readonly", "-cmd", settings, str(site.warehouse.database)]
-    child = subprocess.Popen([*command, "-c", query] if query else command)
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:  # the shell has it too, and ends a query rather than itself
-            continue
+    # an interrupt reaches the shell too, which ends a query rather than itself
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return subprocess.run([*command, "-c", query] if query else command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _duckdb() -> str:
@@ -428,6 +441,8 @@ def ui(home: Home, port: int) -> int:
 
     # a Ctrl-C reaches both, what stops a service this process only
     signal.signal(signal.SIGTERM, end)
+    # which a shell has had ignored if it started this in the background; Dagster stops its own processes by it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         children.append(subprocess.Popen(command, cwd=folder))
         return children[0].wait()

@@ -6,9 +6,11 @@ mtmd.duckdb}`, and Dagster's own folder `dagster/`.
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,6 +24,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 ALWAYS = "adworld"
 """The platform that every home has without registration."""
+LOG_FOLDERS = ("impressions", "heavyweight_scores", "data")
+"""Keys of a source that name one."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ class Home:
 
         Args:
             file_or_name: a YAML file, or `adworld` or `kuairand`.
-            data: the folder of its logs, for a source that takes one.
+            data: the folder of its logs, for a source that takes one. Local folders that the file itself names are where
+                the file lies, if they are not absolute.
 
         Raises:
             PlatformError: if the file is refused.
@@ -121,12 +126,13 @@ class Home:
             known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
             raise PlatformError(f"{file_or_name}: neither a file nor a shipped platform ({known})")
         text = read_text(file)
-        if data is not None:
-            content = parse_yaml(text, str(file))
-            if not isinstance(content.get("source"), dict):
-                raise PlatformError(f"{file}: source: expected keys and values (received {content.get('source')!r})")
-            content["source"]["data"] = str(Path(data).absolute())
-            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        content = parse_yaml(text, str(file))
+        source = content.get("source")
+        if data is not None and not isinstance(source, dict):
+            raise PlatformError(f"{file}: source: expected keys and values (received {source!r})")
+        placed = _placed(source, file, data) if isinstance(source, dict) else source
+        if placed != source:
+            text = yaml.safe_dump({**content, "source": placed}, sort_keys=False, allow_unicode=True)
         platform = parse_platform(text, str(file))
         _refuse_disguise(platform, file)
         return platform, text
@@ -151,6 +157,13 @@ class Home:
             ) from e
         os.environ["DAGSTER_HOME"] = str(folder)
         return folder
+
+
+def _placed(source: Mapping[str, Any], file: Path, data: str | None) -> dict[str, Any]:
+    """The source with folders that hold wherever it is read from: `data`, and those that the file names from where it lies."""
+    named = {k: v for k, v in source.items() if k in LOG_FOLDERS and isinstance(v, str) and v and "://" not in v}
+    folders = {k: str(file.absolute().parent / v) for k, v in named.items()}
+    return {**source, **folders, **({} if data is None else {"data": str(Path(data).absolute())})}
 
 
 def _refuse_disguise(platform: Platform, file: Path) -> None:

@@ -5,7 +5,7 @@ slices, evaluation rows) is derived from it, so that a new platform needs a new 
 are the fields of `Platform` and, below them, of the types in `mtmd_assets.platform_parts`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from functools import cached_property
@@ -306,7 +306,7 @@ def parse_platform(text: str, file: str) -> Platform:
             if not isinstance(fault, Fault):
                 fault = platform_checks.in_words(error)
             key = ".".join(k for k in (_key(error["loc"]), fault.key) if k)
-            problems.append(f"{file}: {key}: {fault} (received {_shown(fault.received)})")
+            problems.append(f"{file}: {key}: {fault} (received {_shown(fault.received)}{_of(content, error['loc'])})")
         raise PlatformError("\n".join(problems)) from e
 
 
@@ -315,6 +315,15 @@ def _key(loc: Sequence[int | str]) -> str:
     if len(loc) > 1 and loc[0] == "source":
         loc = ("source", *loc[2:])
     return ".".join(str(part) for part in loc if part != "[key]")
+
+
+def _of(content: Mapping[str, Any], loc: Sequence[int | str]) -> str:
+    """Which feature or task it is, for who does not count them."""
+    match loc:
+        case ("features" | "tasks" as kind, int(position), _, *_):
+            name = content[kind][position].get("name")
+            return f"; {kind.removesuffix('s')} {name}" if isinstance(name, str) else ""
+    return ""
 
 
 def _shown(value: object) -> str:

@@ -50,6 +50,12 @@ def test_a_backfill_of_reversed_days_says_so(home, capsys):
     assert capsys.readouterr().err == "the first day, 2026-01-03, is after the last, 2026-01-01\n"
 
 
+def test_a_day_that_is_none_is_refused_in_words(home, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["backfill", "2026-1-9", "2026-01-09"])
+    assert "argument first: expected a day as YYYY-MM-DD (received '2026-1-9')" in capsys.readouterr().err
+
+
 def test_a_backfill_prints_each_day(small, capfd):
     assert cli.main(["backfill", "2026-01-01", "2026-01-02"]) == 0
     lines = capfd.readouterr().out.splitlines()
@@ -197,6 +203,33 @@ def test_where_to_look_names_the_platform():
     assert 'make sql PLATFORM=mine Q="' in cli._where_to_look("mine")
 
 
+def test_folders_that_a_file_names_are_sought_where_it_lies(home, tmp_path, monkeypatch):
+    content = yaml.safe_load(small_adworld(tmp_path).read_text())
+    far = "s3://logs/scores"
+    content.update(name="ours", source={"kind": "parquet", "impressions": "logs/seen", "heavyweight_scores": far})
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["register", "ours.yaml"]) == 0
+    monkeypatch.chdir("/")
+    source = Home().site("ours").platform.source
+    assert (source.impressions, source.heavyweight_scores) == (str(tmp_path / "logs" / "seen"), far)
+
+
+def test_a_prompt_on_nothing_says_so(home, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_duckdb", lambda: "true")
+    assert cli.main(["sql", "FROM impressions"]) == 0
+    assert capsys.readouterr().err == "no day of adworld is built yet: every table is empty\n"
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(home):
+    command = [sys.executable, "-m", "mtmd_assets.cli", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert result.stderr == ""
+
+
 # -- Ctrl-C and ports ----------------------------------------------------------------------------------------------
 
 CHILD = """#!/bin/sh
@@ -228,7 +261,8 @@ def test_an_interrupt_waits_for_the_child(home, tmp_path, command, hook, status)
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (status, "ended\n", "")
+    said = "no day of adworld is built yet: every table is empty\n" if command == "sql" else ""
+    assert (process.returncode, out, err) == (status, "ended\n", said)
 
 
 def test_whoever_ends_the_ui_ends_dagster(home, tmp_path):
@@ -243,6 +277,17 @@ def test_whoever_ends_the_ui_ends_dagster(home, tmp_path):
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "ended\n")
+
+
+def test_a_ui_started_in_the_background_passes_interrupts_on(home, tmp_path):
+    """Dagster stops its own processes by interrupts, which a shell has what runs in the background ignore."""
+    child = tmp_path / "child"
+    child.write_text("#!/bin/sh\nkill -INT $$\nexit 0\n")
+    child.chmod(0o755)
+    code = f"import sys; from mtmd_assets import cli; cli._script = lambda *_: {str(child)!r}; sys.exit(cli.main(['ui', '--port', '{free_port()}']))"
+    ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    process = subprocess.run([sys.executable, "-c", code], preexec_fn=ignoring, check=False)
+    assert process.returncode != 0, "the child was ended by its interrupt"
 
 
 def free_port():

@@ -218,6 +218,11 @@ def test_mistakes_are_refused_with_file_key_and_value(changes, key, received):
     assert "(received " in message
 
 
+def test_a_mistake_names_its_feature():
+    with pytest.raises(PlatformError, match=r"^toy.yaml: features.5.bins: .*\(received 1; feature x\)$"):
+        parse_platform(broken(**feature(bins=1)), "toy.yaml")
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "said", "received"),
     [

@@ -1,6 +1,6 @@
 """What every stage shares: asset keys, partitions, and reporting days one by one to Dagster."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any
@@ -58,6 +58,16 @@ def selected(context: dg.AssetExecutionContext, result: Result) -> bool:
     assert result.asset_key is not None
     assert result.check_name is not None
     return dg.AssetCheckKey(result.asset_key, result.check_name) in context.selected_asset_check_keys
+
+
+def telling(context: dg.AssetExecutionContext) -> Callable[[str], None]:
+    """A log of a run that is also printed: for who waits at a terminal, in the UI among the run's output."""
+
+    def log(line: str) -> None:
+        context.log.info(line)
+        print(f"    {line}", flush=True)
+
+    return log
 
 
 @dataclass

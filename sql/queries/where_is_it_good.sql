@@ -1,4 +1,5 @@
--- LogMAE of the newest model by slice and task, beside the slice's own mean, with calibration (sum p / sum t).
+-- LogMAE of the daily model on the newest day by slice and task, beside the slice's own mean, with calibration
+-- (sum p / sum t).
 SELECT
     m.surface,
     m.product,
@@ -7,8 +8,8 @@ SELECT
     round(m.logmae, 4) AS logmae,
     round(1 - m.logmae / c.logmae, 3) AS gain_over_constant,
     round(m.calibration, 3) AS calibration
-FROM slice_metrics AS m
-INNER JOIN slice_metrics AS c USING (ds, surface, product, task)
+FROM daily_slice_metrics AS m
+INNER JOIN daily_slice_metrics AS c USING (ds, surface, product, task)
 WHERE m.model = 'mtmd' AND c.model = 'constant' AND m.bucket IS NULL AND c.bucket IS NULL
-    AND m.ds = (SELECT max(ds) FROM slice_metrics)
+    AND m.ds = (SELECT max(ds) FROM daily_slice_metrics)
 ORDER BY m.surface, m.product, m.task;
