@@ -106,7 +106,7 @@ HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; abo
 the pooled rows of the evaluation days, the mean of the seeds. The mean is unweighted over the cells with at least {MIN_ROWS}
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
 simultaneous (max-t) intervals, with Student's t for what few seeds say (`mtmd_assets/intervals.py`); days are not
-resampled. Beside a cell's LogMAE are those of two constants, the slice's own mean and geometric median over the window.
+resampled. Beside a cell's LogMAE are those of two constants, the slice's own mean and median over the window.
 The intervals of cells with few rows are pointwise."""
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it

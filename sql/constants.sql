@@ -1,6 +1,6 @@
--- The two constant predictors of each slice x task: its mean and its geometric median over the training window.
+-- The two constant predictors of each slice x task: its mean and its median over the training window.
 --
--- Reads `window_examples` (the window's joined_examples). The geometric median is the constant that minimises LogMAE;
+-- Reads `window_examples` (the window's joined_examples). The median (of logarithms) is the constant that minimises LogMAE;
 -- the mean is the calibrated one.
 WITH window_scores AS (
     UNPIVOT (SELECT surface, product, weight, COLUMNS('^score_.*') FROM window_examples)
