@@ -221,13 +221,15 @@ def test_a_prompt_on_nothing_says_so(home, monkeypatch, capsys):
     assert capsys.readouterr().err == "no day of adworld is built yet: every table is empty\n"
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback(home):
-    command = [sys.executable, "-m", "mtmd_assets.cli", "--help"]
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["written at the end", "written at once"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(home, unbuffered):
+    command = [sys.executable, "-m", "mtmd_assets.cli", "register", "kuairand", "--data", "folder"]
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
-    assert result.stderr == ""
+    assert (result.returncode, result.stderr) == (cli.UNREAD, "")
 
 
 # -- Ctrl-C and ports ----------------------------------------------------------------------------------------------
@@ -285,8 +287,9 @@ def test_a_ui_started_in_the_background_passes_interrupts_on(home, tmp_path):
     child.write_text("#!/bin/sh\nkill -INT $$\nexit 0\n")
     child.chmod(0o755)
     code = f"import sys; from mtmd_assets import cli; cli._script = lambda *_: {str(child)!r}; sys.exit(cli.main(['ui', '--port', '{free_port()}']))"
-    ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
-    process = subprocess.run([sys.executable, "-c", code], preexec_fn=ignoring, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), check=False
+    )
     assert process.returncode != 0, "the child was ended by its interrupt"
 
 

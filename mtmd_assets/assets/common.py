@@ -60,7 +60,7 @@ def selected(context: dg.AssetExecutionContext, result: Result) -> bool:
     return dg.AssetCheckKey(result.asset_key, result.check_name) in context.selected_asset_check_keys
 
 
-def telling(context: dg.AssetExecutionContext) -> Callable[[str], None]:
+def printed_log(context: dg.AssetExecutionContext) -> Callable[[str], None]:
     """A log of a run that is also printed: for who waits at a terminal, in the UI among the run's output."""
 
     def log(line: str) -> None:

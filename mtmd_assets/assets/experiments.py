@@ -17,7 +17,16 @@ import dagster as dg
 from pydantic import Field
 
 import sql
-from mtmd_assets.assets.common import DayReport, Done, Metadata, Result, asset_key, daily_partitions, preview, telling
+from mtmd_assets.assets.common import (
+    DayReport,
+    Done,
+    Metadata,
+    Result,
+    asset_key,
+    daily_partitions,
+    preview,
+    printed_log,
+)
 from mtmd_assets.assets.evaluation import create_scored, predictions
 from mtmd_assets.assets.training import verify_window, window_source
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of
@@ -145,7 +154,7 @@ def run_experiments(context: dg.AssetExecutionContext, site: Site, config: Exper
             report.fail(day, e)
     models = list(dict.fromkeys(["mtmd", *config.models]))
     seeds = range(config.seeds or platform.experiments.seeds)
-    log = telling(context)
+    log = printed_log(context)
     trained = train_models(site, windows, models, seeds, config.workers, log)
     for day, window in windows.items():
         metadata = score_day(site, window, day, trained[day], context.run.run_id, log)

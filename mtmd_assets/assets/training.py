@@ -13,7 +13,7 @@ import dagster as dg
 from checks.dagster_results import TRAINING, training_result
 from checks.training import high_passes
 from mtmd_assets import model_store
-from mtmd_assets.assets.common import Result, asset_key, daily_partitions, selected, telling
+from mtmd_assets.assets.common import Result, asset_key, daily_partitions, printed_log, selected
 from mtmd_assets.assets.waiting import waiting
 from mtmd_assets.contenders import train_config
 from mtmd_assets.faults import Withheld
@@ -65,7 +65,7 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
             waiting(context, platform, partial(verify_window, site, platform.window(day)), for_queued=False)
         except Withheld as e:
             raise dg.Failure(f"not trained: {e}", allow_retries=False) from e
-        log = context.log.info if sys.stderr.isatty() else telling(context)  # there the progress bar tells
+        log = context.log.info if sys.stderr.isatty() else printed_log(context)  # there the progress bar tells
         for result in train_window(site, day, context.run.run_id, log):
             if selected(context, result):
                 yield result
