@@ -6,6 +6,7 @@ from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
 from mtmd_assets.platform_parts import Fault, Feature, ParquetSource, Task, refuse_duplicates
+from mtmd_assets.tables import tables
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -197,8 +198,6 @@ def _ranker(platform: "Platform") -> None:
 
 def _columns(platform: "Platform") -> None:
     """`source.columns` renames columns that are read, and no column of theirs is two of ours, copies of ids apart."""
-    from mtmd_assets.tables import tables
-
     source = platform.source
     if not isinstance(source, ParquetSource):
         return

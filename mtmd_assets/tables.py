@@ -4,7 +4,12 @@ Wide and typed: one column a feature, a score and an outcome. `ds`, the partitio
 Hive key of the path.
 """
 
-from mtmd_assets.platform import Feature, Platform
+from typing import TYPE_CHECKING
+
+from mtmd_assets.platform_parts import Feature
+
+if TYPE_CHECKING:
+    from mtmd_assets.platform import Platform
 
 Columns = dict[str, str]
 
@@ -18,7 +23,7 @@ def feature_type(feature: Feature) -> str:
     return "BIGINT" if feature.type == "integer" else "VARCHAR"
 
 
-def tables(platform: Platform) -> dict[str, Columns]:
+def tables(platform: "Platform") -> dict[str, Columns]:
     """Table name -> column name -> DuckDB type, in column order."""
     id_ = "BIGINT" if platform.id_type == "integer" else "VARCHAR"
     keys = {
@@ -170,6 +175,6 @@ def tables(platform: Platform) -> dict[str, Columns]:
     }
 
 
-def settings(platform: Platform) -> dict[str, float]:
+def settings(platform: "Platform") -> dict[str, float]:
     """The numbers that views read, each a macro without arguments."""
     return {"drift_days": platform.drift.days, "drift_tolerance": platform.drift.tolerance}
