@@ -76,13 +76,18 @@ def version_name(last_day: date, ingredients: dict[str, Any]) -> str:
 
 
 @cache
-def code_version() -> str:
-    """A hash of the source of `mtmd_model`: what a checkpoint must be read by."""
+def code_version(architecture: str = "mtmd") -> str:
+    """A hash of the source that a model is trained and read by: of `mtmd_model`, and for all but MTMD itself of its
+    `contenders`, a change of which leaves MTMD as it is.
+
+    Args:
+        architecture: a name in `mtmd_model.architectures`.
+    """
     from mtmd_model import schema
 
     folder = Path(schema.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(folder.glob("*.py") if architecture == "mtmd" else folder.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -1,6 +1,6 @@
 """`docs/results.md`: what the experiments' tables say, in words and tables that a person can check with SQL.
 
-No model is judged here: it reads `improvements`, `experiment_models`, `slice_metrics`, `trials`, the routing table and
+No model is judged here: it reads `improvement_results`, `experiment_models`, `slice_metrics`, `trials`, the routing table and
 the models' manifests of one platform, and rewrites that platform's sections of the document: the contenders, the
 ablations, the search. A section of which this home has no tables stays as it was: each says what it is of.
 """
@@ -8,7 +8,8 @@ ablations, the search. A section of which this home has no tables stays as it wa
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 CELLS = "contender = $model AND surface IS NOT NULL AND bucket IS NULL"
-"""Of `improvements`: the lines of a contender's slices x tasks."""
+"""Of the result: the lines of a contender's slices x tasks."""
 WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first AND $last
     GROUP BY model, seed HAVING count(DISTINCT ds) = $days"""
 """Models and seeds that were trained for every day."""
@@ -40,26 +41,40 @@ tables of the home that it was run in or in its models' manifests; a section tha
 """
 
 
-def write_sections(path: Path, site: Site) -> None:
-    """Put a platform's sections in their places in the document."""
+def write_sections(path: Path, site: Site, last: date) -> None:
+    """Put a platform's sections in their places in the document: what was compared on the evaluation days up to `last`."""
     old = path.read_text() if path.exists() else HEAD
     kept = {m[1]: m[0] for m in re.finditer(r"<!-- ([\w ]+) -->\n.*?<!-- end of \1 -->\n", old, re.DOTALL)}
-    for name, text in sections(site).items():
+    for name, text in sections(site, last).items():
         kept[name] = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([HEAD, *(kept[n] for n in sorted(kept))]))
 
 
-def sections(site: Site) -> dict[str, str]:
+def sections(site: Site, last: date) -> dict[str, str]:
     """Name -> Markdown of the sections that there are tables for."""
     name = site.platform.name
-    with site.warehouse.connect() as con:
+    with _result(site, last) as con:
         found = {
             name: _contenders(con, site),
             f"{name} ablations": _ablations(con, site),
             f"{name} search": _search(con, site),
         }
     return {key: "\n\n".join(parts) for key, parts in found.items() if parts}
+
+
+@contextmanager
+def _result(site: Site, last: date) -> Iterator["DuckDBPyConnection"]:
+    """A connection with the view `result`: what was compared on the evaluation days up to `last`."""
+    with site.warehouse.connect() as con:
+        con.execute(f"CREATE TEMP VIEW result AS SELECT * EXCLUDE ds FROM improvement_results WHERE ds = '{last}'")
+        yield con
+
+
+def headline(site: Site, last: date, models: Collection[str]) -> str:
+    """A row a model that was compared on the evaluation days up to `last`: mean improvement over it, and how its cells fall."""
+    with _result(site, last) as con:
+        return _headline(con, models)
 
 
 def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
@@ -74,7 +89,7 @@ def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
         _setting(con, site, CONTENDERS, first, last, count),
         "### Against the contenders",
         HOW_TO_READ,
-        headline(con, CONTENDERS),
+        _headline(con, CONTENDERS),
         *_tasks(con, site),
         "### Every cell",
         _cells(con, site, first, last, seeds),
@@ -90,7 +105,7 @@ def _contenders(con: "DuckDBPyConnection", site: Site) -> list[str]:
 def _compared(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date, date, int] | None:
     """First and last evaluation day of what was compared of some models, and how many seeds; None if nothing was."""
     [span] = con.execute(
-        "SELECT min(eval_start), max(eval_end), max(seeds) FROM improvements WHERE list_contains($models, contender)",
+        "SELECT min(eval_start), max(eval_end), max(seeds) FROM result WHERE list_contains($models, contender)",
         {"models": list(models)},
     ).fetchall()
     return None if span[0] is None else span
@@ -115,9 +130,9 @@ both were trained with as many seeds; intervals of means and of cells with few r
 simultaneous ones, *jumped* the trainings without it whose loss did (`checks/training.py`). Widths are divided by what
 the preset divides all of its widths by; half of the rows are half of the steps too."""
 
-SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): as many trainings for each model; what
-the platform file said and the best two others on every tuning day with two seeds, the rest once, on the last. What was chosen after it, and what it
-leaves out: [experiments.md](experiments.md)."""
+SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): what the platform file said and the
+best two others on every tuning day with two seeds, the rest once, on the last. What was chosen after it:
+[tuning.md](tuning.md)."""
 
 
 def _setting(
@@ -130,8 +145,8 @@ def _setting(
         of_these,
     ).fetchall()
     codes = con.execute(
-        """SELECT DISTINCT code_version FROM experiment_models
-        WHERE ds BETWEEN $first AND $last AND (model = 'mtmd' OR list_contains($models, model)) ORDER BY 1""",
+        """SELECT code_version, bool_or(model = 'mtmd') FROM experiment_models
+        WHERE ds BETWEEN $first AND $last AND (model = 'mtmd' OR list_contains($models, model)) GROUP BY ALL ORDER BY ALL""",
         of_these,
     ).fetchall()
     [(result_id, rows)] = con.execute(
@@ -139,7 +154,7 @@ def _setting(
             SELECT any_value(result_id) AS result_id, sum(rows) AS rows
             FROM (
                 SELECT contender, surface, product, any_value(result_id) AS result_id, max(rows) AS rows
-                FROM improvements
+                FROM result
                 WHERE list_contains($models, contender) AND bucket IS NULL AND surface IS NOT NULL
                 GROUP BY ALL
             )
@@ -147,7 +162,8 @@ def _setting(
         {"models": list(models)},
     ).fetchall()
     spans = ", ".join(f"{start} to {end}" for start, end in windows)
-    versions = ", ".join(f"`{code}`" for (code,) in codes)
+    ours, theirs = (", ".join(f"`{code}`" for code, of_mtmd in codes if of_mtmd == which) for which in (True, False))
+    versions = f"{ours}, of the contenders {theirs}" if theirs else ours
     lines = [
         f"Result `{result_id}`. Evaluated on {first} to {last} ({rows:,} impressions), each day by models of the window that",
         f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} seeds; code {versions}.",
@@ -164,42 +180,33 @@ def _setting(
     return "\n".join(lines)
 
 
-def headline(con: "DuckDBPyConnection", models: Collection[str]) -> str:
-    """A row a model that was compared: mean improvement over it, and how its cells fall."""
+def _headline(con: "DuckDBPyConnection", models: Collection[str]) -> str:
     rows: list[list[object]] = []
     for model in models:
         found = _rows(con, "contender = $model AND bucket IS NULL", model=model)
         mean = next((r for r in found if r["surface"] is None and r["task"] is None), None)
         if mean is None:
             continue
-        cells = [r for r in found if r["surface"] is not None]
+        # without an error of the contender there is no improvement over it
+        cells = [r for r in found if r["surface"] is not None and r["improvement"] is not None]
         family = [r for r in cells if r["rows"] >= MIN_ROWS]
-        verdicts = [verdict(r) for r in family]
+        above = sum(r["improvement"] > 0 for r in family)
         large = [r for r in cells if r["rows"] >= LARGE_ROWS]
         worst = min(large, key=lambda r: r["improvement"]) if large else None
-        rows.append(
-            [
-                model,
-                _interval(mean),
-                len(family),
-                sum(r["improvement"] > 0 for r in family),
-                verdicts.count("better"),
-                verdicts.count("worse"),
-                ""
-                if worst is None
-                else f"{worst['improvement']:+.1%} ({worst['surface']} {worst['product']} {worst['task']})",
-            ]
+        smallest = (
+            f"{worst['improvement']:+.1%} ({worst['surface']} {worst['product']} {worst['task']})" if worst else ""
         )
-    header = [
-        "model",
-        "mean improvement",
-        "cells",
-        "above zero",
-        "better",
-        "worse",
-        f"smallest of the cells with {LARGE_ROWS} rows",
-    ]
-    return markdown_table(header, rows)
+        rows.append([model, mean["seeds"], _interval(mean), len(family), above, *_verdicts(family), smallest])
+    header = ["model", "seeds", "mean improvement", "cells", "above zero", "better", "worse"]
+    return markdown_table([*header, f"smallest of the cells with {LARGE_ROWS} rows"], rows)
+
+
+def _verdicts(cells: Sequence[dict[str, Any]]) -> list[object]:
+    """How many are better and worse; nothing of one seed, which cannot say."""
+    if any(r["seeds"] == 1 for r in cells):
+        return ["", ""]
+    verdicts = [verdict(r) for r in cells]
+    return [verdicts.count("better"), verdicts.count("worse")]
 
 
 def _tasks(con: "DuckDBPyConnection", site: Site) -> list[str]:
@@ -211,7 +218,7 @@ def _tasks(con: "DuckDBPyConnection", site: Site) -> list[str]:
     of_rows = dict(
         con.execute(
             """SELECT (contender, task), 1 - sum(rows * mtmd) / sum(rows * contender_logmae)
-            FROM improvements WHERE surface IS NOT NULL AND bucket IS NULL GROUP BY contender, task"""
+            FROM result WHERE surface IS NOT NULL AND bucket IS NULL GROUP BY contender, task"""
         ).fetchall()
     )
     contenders = [c for c in CONTENDERS if any(contender == c for contender, _ in means)]
@@ -247,17 +254,19 @@ def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds
     for surface, product in site.platform.slices:
         for task in site.platform.task_names:
             cells = [found.get((c, surface, product, task)) for c in contenders]
-            if cells and cells[0] is not None:
-                keys = [(model, surface, product, task) for model in ("constant", "constant_median")]
-                constants = [f"{logmae[key]:.4f}" if key in logmae else "" for key in keys]
-                numbers = ["" if c is None else _cell(c) for c in cells]
-                rows.append([surface, product, task, cells[0]["rows"], f"{cells[0]['mtmd']:.4f}", *constants, *numbers])
+            count = max((c["rows"] for c in cells if c is not None), default=None)
+            if count is not None:
+                keys = [(model, surface, product, task) for model in ("mtmd", "constant", "constant_median")]
+                errors = [f"{logmae[key]:.4f}" if key in logmae else "" for key in keys]
+                rows.append([surface, product, task, count, *errors, *("" if c is None else _cell(c) for c in cells)])
     header = ["surface", "product", "task", "rows", "mtmd LogMAE", "mean", "median", *(f"over {c}" for c in contenders)]
     words = f"LogMAE's floor of {FLOOR:g} touches at most {floored:.2%} of mtmd's rows in a cell of a day."
     return f"{words}\n\n{markdown_table(header, rows)}"
 
 
 def _cell(row: dict[str, Any]) -> str:
+    if row["improvement"] is None:
+        return ""
     if row["seeds"] == 1:
         return f"{row['improvement']:+.1%} (one seed)"
     if row["joint_low"] is None:
@@ -344,10 +353,9 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
         if found:
             buckets = [_interval(found[b]) if b in found else "" for b in range(5)]
             cells = [r for r in _rows(con, CELLS, model=model) if r["rows"] >= MIN_ROWS]
-            verdicts = [verdict(r) for r in cells]
             mean = found[None]
             days = (mean["eval_end"] - mean["eval_start"]).days + 1
-            counts = [len(cells), verdicts.count("better"), verdicts.count("worse"), days, mean["seeds"]]
+            counts = [len(cells), *_verdicts(cells), days, mean["seeds"]]
             of_days = [model, mean["eval_start"], mean["eval_end"]]
             query = "SELECT list(model_version) FROM experiment_models WHERE model = ? AND ds BETWEEN ? AND ?"
             [(versions,)] = con.execute(query, of_days).fetchall()
@@ -463,10 +471,13 @@ def _signatures(con: "DuckDBPyConnection", first: date, last: date, seeds: list[
 
 
 def _search(con: "DuckDBPyConnection", site: Site) -> list[str]:
-    from mtmd_assets.tuning import ranking
+    from mtmd_assets.tuning import published, ranking
 
-    table = con.sql("FROM trials").pl()
-    return [f"## {site.platform.name}: the search", SEARCH, ranking(table)] if len(table) else []
+    table = published(con, site.platform)
+    if table.is_empty():
+        return []
+    trainings = ", ".join(f"{model} {n}" for model, n in table["model"].value_counts(sort=True).iter_rows())
+    return [f"## {site.platform.name}: the search", f"{SEARCH} Trainings: {trainings}.", ranking(table)]
 
 
 def _interval(row: dict[str, Any]) -> str:
@@ -478,4 +489,4 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _rows(con: "DuckDBPyConnection", where: str, **parameters: object) -> list[dict[str, Any]]:
-    return list(con.sql(f"FROM improvements WHERE {where}", params=parameters).pl().iter_rows(named=True))
+    return list(con.sql(f"FROM result WHERE {where}", params=parameters).pl().iter_rows(named=True))

@@ -51,17 +51,15 @@ def chosen(names: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def build_days(site: Site, days: Sequence[date], run: Run, step: Step) -> None:
-    """Build the days of data that these evaluation days need and that are not there, in one run."""
+def build_days(site: Site, first: date, last: date, run: Run, step: Step) -> None:
+    """Build the examples of the days from `first` to `last` that can have some, if any are not there, in one run."""
     platform = site.platform
-    windows = platform.window(days[0] - timedelta(1))[0]
     # features from history read the impressions of the days before
-    seen = max(platform.start, windows - timedelta(platform.history_days))
-    first = platform.start if not platform.logs_scores else seen
-    missing = site.warehouse.missing("joined_examples", max(windows, platform.scored_from), days[-1])
-    if missing:
-        with step(f"build and check the days {first} to {days[-1]}"):
-            run("data", first, days[-1])
+    seen = max(platform.start, first - timedelta(platform.history_days))
+    start = platform.start if not platform.logs_scores else seen
+    if site.warehouse.missing("joined_examples", max(first, platform.scored_from), last):
+        with step(f"build and check the days {start} to {last}"):
+            run("data", start, last)
 
 
 def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, seeds: int | None = None) -> int:
@@ -87,7 +85,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     idle = [m for m in others if is_mtmd(site.platform, m)]
     if idle:
         print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
-    build_days(site, days, run, step)
+    build_days(site, site.platform.window(days[0] - timedelta(1))[0], days[-1], run, step)
     # what is compared first is written down first, for the ablations take the longest
     for group in (CONTENDERS, ABLATIONS):
         chosen = [m for m in others if m in group and m not in idle]
@@ -100,10 +98,9 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
             run("experiments", first, last, config={"ops": {op_name(site): {"config": config}}})
         with step("compare"):
             run("improvements", days[-1])
-        writer.write_sections(document, site)
-        with site.warehouse.connect() as con:
-            print(f"\n{site.platform.name}, {first} to {last}: improvement of mtmd in LogMAE\n")
-            print(writer.headline(con, chosen))
+        writer.write_sections(document, site, last)
+        print(f"\n{site.platform.name}, {first} to {last}: improvement of mtmd in LogMAE\n")
+        print(writer.headline(site, last, chosen))
         print(f"\n{document}   every cell, with intervals")
     return 0
 
@@ -125,19 +122,18 @@ def tune(site: Site, models: Sequence[str], run: Run, step: Step, tries: Sequenc
     evaluation_days(site)
     days = sorted(site.platform.experiments.tuning_days)
     if days:
-        first = max(site.platform.window(days[0])[0], site.platform.scored_from)
-        if site.warehouse.missing("joined_examples", first, days[-1]):
-            with step(f"build and check the days up to {days[-1]}"):
-                run("data", site.platform.start if not site.platform.logs_scores else first, days[-1])
+        build_days(site, site.platform.window(days[0])[0], days[-1], run, step)
     with step(f"try {', '.join(models)}"):
         table: Any = tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True), tries)
     with site.warehouse.stage() as stage, site.warehouse.connect() as con:
         con.register("tried", table)
         which = "(model, trial)" if tries else "model"
-        kept = f"ds = '{days[-1]}' AND {which} NOT IN (SELECT {which} FROM tried)"
-        query = f"FROM tried UNION ALL BY NAME SELECT * EXCLUDE ds FROM trials WHERE {kept}"
-        stage.write(con, "trials", days[-1], query)
+        others = con.sql(
+            f"SELECT * EXCLUDE ds FROM trials WHERE ds = '{days[-1]}' AND {which} NOT IN (SELECT {which} FROM tried)"
+        ).pl()
+        con.register("others", tuning.current(site, others))
+        stage.write(con, "trials", days[-1], "FROM tried UNION ALL BY NAME FROM others")
         stage.publish()
     with site.warehouse.connect() as con:
-        print(f"\n{tuning.ranking(con.sql('FROM trials').pl())}")
+        print(f"\n{tuning.ranking(tuning.published(con, site.platform))}")
     return 0

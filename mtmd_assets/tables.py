@@ -122,7 +122,7 @@ def tables(platform: "Platform") -> dict[str, Columns]:
         "experiment_models": models,
         "experiment_predictions": predictions,
         "experiment_routing_metrics": {"seed": "INTEGER", **routing},
-        # The view `improvements` shows the newest result.
+        # The view `improvements` shows that of the latest evaluation days.
         "improvement_results": {
             "result_id": "VARCHAR",
             "eval_start": "DATE",
@@ -146,6 +146,7 @@ def tables(platform: "Platform") -> dict[str, Columns]:
             "model": "VARCHAR",
             "trial": "VARCHAR",
             "seed": "INTEGER",
+            "training": "VARCHAR",
             "config": "VARCHAR",
             "window_start": "DATE",
             "window_end": "DATE",

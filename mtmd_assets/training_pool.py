@@ -37,6 +37,16 @@ class TrainJob:
     folder: Path
     manifest: Mapping[str, Any]
 
+    @property
+    def trained(self) -> bool:
+        """Whether its model is there."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def diverged(self) -> Path:
+        """Where it says so, if its loss ceased to be finite: trained again it would do the same."""
+        return self.folder.with_name(f"{self.name}.diverged")
+
 
 def training_jobs(
     site: Site, window: Sequence[date], trainings: Mapping[str, tuple[Change, int]]
@@ -48,23 +58,41 @@ def training_jobs(
             settings: a folder that is there was trained by the same.
     """
     platform = site.platform
-    files = {d: site.warehouse.path("joined_examples", d) for d in window}
-    data, code = {str(d): model_store.file_hash(f) for d, f in files.items()}, model_store.code_version()
+    data = _data(site, window)
     manifest = {"platform": platform.name, "window": [str(d) for d in window], "data": data}
-    *fitted, stopped_on = files.values()
+    *fitted, stopped_on = (site.warehouse.path("joined_examples", d) for d in window)
     jobs = {}
     for label, (change, seed) in trainings.items():
         schema, config = model_schema(platform, change), train_config(platform, change, seed)
-        ingredients = {"data": data, "schema": schema.to_dict(), "code": code, "config": config.to_dict()}
-        digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-        name = f"{window[-1]}-{label}-{digest[:10]}"
+        name = f"{window[-1]}-{label}-{_digest(data, schema, config.to_dict())}"
         folder = site.folder / "experiments" / name
         jobs[label] = TrainJob(name, schema, tuple(fitted), (stopped_on,), config, folder, manifest)
     return jobs
 
 
+def is_current(site: Site, window: Sequence[date], name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a job of this name and configuration, of the platform's own schema, would be the same today: by the same code
+    on the same data."""
+    return name.endswith(_digest(_data(site, window), site.platform.model_schema, config))
+
+
+def _data(site: Site, window: Sequence[date]) -> dict[str, str]:
+    """Day -> hash of its examples."""
+    return {str(d): model_store.file_hash(site.warehouse.path("joined_examples", d)) for d in window}
+
+
+def _digest(data: Mapping[str, str], schema: "Schema", config: Mapping[str, Any]) -> str:
+    """A hash of all that decides a training."""
+    code = model_store.code_version(config["architecture"])
+    ingredients = {"data": data, "schema": schema.to_dict(), "code": code, "config": config}
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:10]
+
+
 def train_all(jobs: Sequence[TrainJob], workers: int, log: Callable[[str], None]) -> None:
-    """Train every job; `workers` at a time, 0 for one a core. With one worker nothing leaves this process."""
+    """Train every job; `workers` at a time, 0 for one a core. With one worker nothing leaves this process.
+
+    One that diverges says so, leaves `TrainJob.diverged` and no model, and stops no other.
+    """
     workers = min(len(jobs), workers or _cores())
     if workers <= 1:
         for n, job in enumerate(jobs, 1):
@@ -102,13 +130,22 @@ def _train(job: TrainJob) -> str:
     """Train one job; says how it went."""
     import torch
 
-    from mtmd_model.train import train
+    from mtmd_model.train import Diverged, train
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        manifest = {**job.manifest, "model_version": job.name, "code_version": model_store.code_version()}
+        job.diverged.unlink(missing_ok=True)
+        manifest = {
+            **job.manifest,
+            "model_version": job.name,
+            "code_version": model_store.code_version(job.config.architecture),
+        }
         result = train(job.schema, job.train_files, job.validation_files, job.config, job.folder, manifest=manifest)
+    except Diverged as e:
+        job.diverged.parent.mkdir(parents=True, exist_ok=True)
+        job.diverged.write_text(f"{e}\n")
+        return f"{job.name}: diverged, {e}"
     finally:
         torch.set_num_threads(threads)
     best = result.history[result.best_epoch]

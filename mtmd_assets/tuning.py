@@ -9,6 +9,7 @@ hand, MTMD's into `training`, or into `experiments.mtmd` if the daily model is t
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -23,10 +24,11 @@ from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
 from mtmd_assets.platform import Platform
 from mtmd_assets.platform_parts import Contender, OwnMTMD
-from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
+from mtmd_assets.training_pool import TrainJob, is_current, train_all, training_jobs
 
 if TYPE_CHECKING:
     import polars as pl
+    from duckdb import DuckDBPyConnection
 
 JUDGED_ROWS = 67
 """Cells with at least this many rows on a tuning day are judged: a third of the 200 of three evaluation days."""
@@ -114,7 +116,7 @@ def _own(model: str, now: Mapping[str, Any]) -> dict[str, list[Any]]:
         deviation = now["deviation"] or NOT_ZERO
         return {"preset": sizes[-1:], "deviation": [_round(deviation * by) for by in (1 / 3, 3)]}
     if model == "mmoe_dcn":
-        from mtmd_model.mmoe_dcn import MMOEConfig
+        from mtmd_model.contenders.mmoe_dcn import MMOEConfig
 
         least = vars(MMOEConfig())
         doubled = {"experts": [2 * now.get("experts", least["experts"])]}
@@ -178,7 +180,7 @@ def tune(
     def run(todo: Sequence[_Trial]) -> None:
         jobs = [_job(site, trial) for trial in todo]
         # two trials may be the same training
-        missing = {job.name: job for job in jobs if not (job.folder / "manifest.json").is_file()}
+        missing = {job.name: job for job in jobs if not job.trained and not job.diverged.exists()}
         log(f"{len(jobs) - len(missing)} of {len(jobs)} trials are there already")
         train_all(list(missing.values()), workers, log)
         rows.extend(map(_row, todo, jobs))
@@ -219,10 +221,15 @@ class _Trial:
     change: Change
 
 
+def trial_window(platform: Platform, day: date) -> list[date]:
+    """The days that a trial trains on and the tuning day, on which it stops; a first day's may be short."""
+    return [d for d in platform.window(day) if d >= platform.scored_from]
+
+
 def _job(site: Site, trial: _Trial) -> TrainJob:
     """A trial's training on the days before its tuning day."""
-    platform, day = site.platform, trial.day
-    window = [d for d in platform.window(day) if d >= platform.scored_from]
+    day = trial.day
+    window = trial_window(site.platform, day)
     holes = [d for d in window if not site.warehouse.published("joined_examples", d)]
     if holes or len(window) < 2:
         raise Withheld(f"joined_examples has no {', '.join(map(str, holes or [day - timedelta(1)]))}")
@@ -232,16 +239,23 @@ def _job(site: Site, trial: _Trial) -> TrainJob:
 
 
 def _row(trial: _Trial, job: TrainJob) -> dict[str, Any]:
-    """A row of `trials`."""
-    manifest = json.loads((job.folder / "manifest.json").read_text())
-    cells, logmae = _judge(job)
-    return {
+    """A row of `trials`; the errors of a training that diverged are infinite."""
+    about = {
         "model": trial.model,
         "trial": trial.name,
         "seed": trial.seed,
-        "config": json.dumps(manifest["train_config"]),
+        "training": job.name,
+        "config": json.dumps(job.config.to_dict()),
         "window_start": date.fromisoformat(job.train_files[0].parent.name.removeprefix("ds=")),
         "window_end": trial.day,
+    }
+    if not job.trained:
+        nothing = {"cells": 0, "epochs": 0, "best_epoch": 0, "seconds": 0.0}
+        return {**about, "logmae": math.inf, "validation_loss": math.inf, **nothing}
+    manifest = json.loads((job.folder / "manifest.json").read_text())
+    cells, logmae = _judge(job)
+    return {
+        **about,
         "cells": cells,
         "logmae": logmae,
         "validation_loss": manifest["history"][manifest["best_epoch"]]["validation_loss"],
@@ -273,6 +287,23 @@ def _judge(job: TrainJob) -> tuple[int, float]:
             if rows.sum() >= JUDGED_ROWS:
                 found.append(log_error(p[rows], t[rows]).mean())
     return len(found), float(np.mean(found))
+
+
+def published(con: "DuckDBPyConnection", platform: Platform) -> "pl.DataFrame":
+    """The table `trials` of the platform's tuning days; those of others are not theirs to be compared with."""
+    last = max(platform.experiments.tuning_days, default=None)
+    return con.sql("SELECT * EXCLUDE ds FROM trials WHERE ds = $last", params={"last": last}).pl()
+
+
+def current(site: Site, trials: "pl.DataFrame") -> "pl.DataFrame":
+    """Rows of `trials` that would be trained alike today: others are of older code, or of other data."""
+    import polars as pl
+
+    alike = [
+        is_current(site, trial_window(site.platform, r["window_end"]), r["training"], json.loads(r["config"]))
+        for r in trials.iter_rows(named=True)
+    ]
+    return trials.filter(pl.Series(alike, dtype=pl.Boolean))
 
 
 def ranking(table: "pl.DataFrame") -> str:

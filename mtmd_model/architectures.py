@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mtmd_model.contenders.mmoe_dcn import MMOEDCN, MMOEConfig
+from mtmd_model.contenders.plain import PlainConfig, PooledTowers, SliceTowers, SoftSliceTowers
+from mtmd_model.contenders.product_mtmd import ProductMTMD
 from mtmd_model.encoder import Encoder
-from mtmd_model.mmoe_dcn import MMOEDCN, MMOEConfig
 from mtmd_model.mtmd import MTMD, MTMDConfig
-from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers, SoftSliceTowers
-from mtmd_model.product_mtmd import ProductMTMD
 from mtmd_model.schema import Schema
 from mtmd_model.two_tower import TwoTower
 

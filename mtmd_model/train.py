@@ -33,6 +33,10 @@ from mtmd_model.two_tower import TwoTower, count_parameters
 OnEpoch = Callable[[Mapping[str, Any]], None]
 
 
+class Diverged(RuntimeError):
+    """A loss that is not a finite number: the same training ends there again."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run, besides its data.
@@ -157,7 +161,8 @@ def train(
     Raises:
         ValueError: files without rows or with rows that cannot be encoded, a schema without a model, no label to
             learn from or to stop on, no CUDA GPU where one is asked for, or a reserved entry of the manifest.
-        RuntimeError: a file changed while it was read, or a loss is not finite.
+        Diverged: a loss is not finite.
+        RuntimeError: a file changed while it was read.
     """
     checkpoint.check_entries(manifest or {})
     accelerator = resolve_accelerator(config.accelerator)
@@ -307,7 +312,7 @@ class _BestEpoch(L.Callback):
         entry = pl_module.finish_epoch()
         for name in ("train_loss", "validation_loss"):
             if entry[name] is not None and not math.isfinite(entry[name]):
-                raise RuntimeError(f"{name} of epoch {entry['epoch']} is {entry[name]}, not a finite number")
+                raise Diverged(f"{name} of epoch {entry['epoch']} is {entry[name]}, not a finite number")
         if entry["validation_loss"] is None:
             self.epoch = entry["epoch"]
         else:

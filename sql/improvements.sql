@@ -1,4 +1,4 @@
--- By how much mtmd beats each contender: the newest result (of the last evaluation day).
+-- By how much mtmd beats each contender: the result of the latest evaluation days.
 CREATE OR REPLACE VIEW improvements AS
 SELECT * EXCLUDE ds
 FROM improvement_results

@@ -8,7 +8,7 @@ from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, is_
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.platform_parts import Contender, OwnMTMD
 from mtmd_model.config import MTMDConfig
-from mtmd_model.plain import PlainConfig
+from mtmd_model.contenders.plain import PlainConfig
 
 
 def test_experiments_may_make_other_passes_than_the_daily_model():

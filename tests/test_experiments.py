@@ -2,8 +2,11 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -38,8 +41,8 @@ def test_the_command_writes_the_same_document_and_prints_the_headline(studied, t
     printed = capsys.readouterr().out
     for model in TRAINED[1:]:
         [line] = [line for line in document.read_text().splitlines() if line.startswith(f"| {model} | ")][:1]
-        improvement = line.split(" | ")[6 if model in contenders.ABLATIONS else 1]
-        assert f"| {model} | {improvement} |" in printed, model
+        improvement = line.split(" | ")[6 if model in contenders.ABLATIONS else 2]
+        assert f"| {model} | 2 | {improvement} |" in printed, model
 
 
 def test_every_model_is_trained_with_every_seed_on_the_window_before(studied):
@@ -151,8 +154,90 @@ def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
     monkeypatch.setitem(contenders.ABLATIONS, "no_routing", Change(model={"routing": False, "cross_layers": 1}))
     assert not [version for version in kept() if "no_routing" in version]
     assert "2 published models of other code, data or settings" in said[0]
-    monkeypatch.setattr(model_store, "code_version", lambda: "another")
+    monkeypatch.setattr(model_store, "code_version", lambda architecture: "another")
     assert kept() == []
+
+
+def test_a_contenders_code_is_not_mtmds(monkeypatch, tmp_path):
+    from mtmd_model import schema
+
+    monkeypatch.setattr(schema, "__file__", str(tmp_path / "schema.py"))
+    (tmp_path / "contenders").mkdir()
+
+    def versions():
+        model_store.code_version.cache_clear()
+        return [model_store.code_version(architecture) for architecture in ("mtmd", "mmoe_dcn")]
+
+    found = [versions()]
+    for file in ("mtmd.py", "contenders/mmoe_dcn.py"):
+        (tmp_path / file).write_text("a change")
+        found.append(versions())
+    monkeypatch.undo()
+    model_store.code_version.cache_clear()
+    (mtmd, mmoe), (mtmd_2, mmoe_2), (mtmd_3, mmoe_3) = found
+    assert mtmd != mtmd_2 == mtmd_3
+    assert len({mmoe, mmoe_2, mmoe_3}) == 3
+
+
+def test_a_training_that_diverges_stops_no_other(studied, tmp_path):
+    lost = pooled_job(studied.site, "lost", 0, tmp_path, learning_rate=1e30)
+    others = [pooled_job(studied.site, f"other{s}", s, tmp_path) for s in (0, 1)]
+    lines: list[str] = []
+    train_all([lost, *others], 2, lines.append)
+    assert len(lines) == 3
+    [line] = [line for line in lines if "diverged" in line]
+    assert "lost: diverged, " in line
+    assert [job.trained for job in (lost, *others)] == [False, True, True]
+    assert "not a finite number" in lost.diverged.read_text()
+
+
+def test_models_that_diverged_are_left_out_and_not_trained_again(studied, monkeypatch, tmp_path):
+    from mtmd_assets.assets import experiments
+
+    site, said, started = studied.site, [], []
+
+    def diverge(jobs, workers, log):
+        started.extend(jobs)
+        for job in jobs:
+            job.diverged.write_text("train_loss of epoch 0 is nan")
+
+    monkeypatch.setattr(experiments, "train_all", diverge)
+    window = {DAYS[1]: site.platform.window(DAYS[0])}
+    found = []
+    try:
+        for _ in range(2):
+            trained = experiments.train_models(site, window, ["mtmd", "post_norm"], [0, 1], 1, said.append)
+            found.append([(t.model, t.seed) for t in trained[DAYS[1]]])
+    finally:
+        for job in started:
+            job.diverged.unlink()
+    assert found == [[("mtmd", 0), ("mtmd", 1)]] * 2
+    assert len(started) == 2, "the second time none"
+    assert sum("post_norm-1" in line and "is left out: it diverged" in line for line in said) == 2
+
+
+def test_days_before_those_asked_for_are_built_where_features_read_them(studied):
+    built = []
+
+    class Warehouse:
+        def missing(self, table, first, last):
+            return [first]
+
+    @dataclass
+    class Platform:
+        logs_scores: bool
+        start: date = DAYS[0]
+        scored_from: date = DAYS[0]
+        history_days: int = 7
+
+    def build(logs_scores, first):
+        site = SimpleNamespace(platform=Platform(logs_scores), warehouse=Warehouse())
+        study.build_days(site, first, first + timedelta(3), lambda *args: built.append(args), quiet)
+
+    build(True, DAYS[0] + timedelta(20))
+    build(True, DAYS[0] + timedelta(2))
+    build(False, DAYS[0] + timedelta(20))
+    assert [first - DAYS[0] for _, first, _ in built] == [timedelta(13), timedelta(0), timedelta(0)]
 
 
 def test_a_day_without_its_window_is_withheld(studied):
@@ -203,8 +288,8 @@ def test_a_model_without_all_of_its_days_is_not_compared(studied):
         rows = query(studied, "SELECT DISTINCT contender, eval_start, eval_end FROM improvements ORDER BY ALL")
         assert ("no_routing", DAYS[1], DAYS[1]) in rows
         assert not {contender for contender, *_ in rows} & set(CONTENDERS)
-        assert "adworld" not in sections(short)
-        assert "## adworld: ablations" in sections(short)["adworld ablations"]
+        assert "adworld" not in sections(short, DAYS[1])
+        assert "## adworld: ablations" in sections(short, DAYS[1])["adworld ablations"]
     finally:
         experiments.compare(site, DAYS[1], "again", said.append)
     with pytest.raises(Withheld, match=r"no model has experiments of 2026-01-18 to 2026-01-20"):
@@ -293,24 +378,16 @@ def test_a_model_differs_from_the_daily_one_in_what_the_platform_file_says_only(
         assert pooled[same] == ours[same], same
 
 
-def test_trainings_in_other_processes_give_the_same_weights(studied, tmp_path):
-    platform, warehouse = studied.site.platform, studied.site.warehouse
-    files = [warehouse.path("joined_examples", d) for d in (date(2026, 1, 1), date(2026, 1, 2))]
+def pooled_job(site: Any, name: str, seed: int, folder: Path, **training: Any) -> TrainJob:
+    """One pass over a day of pooled towers, stopped on the next."""
+    files = [site.warehouse.path("joined_examples", date(2026, 1, d)) for d in (1, 2)]
+    config = train_config(site.platform, change_of(site.platform, "pooled_towers").on(training), seed)
+    return TrainJob(name, site.platform.model_schema, (files[0],), (files[1],), config, folder / name, {})
 
+
+def test_trainings_in_other_processes_give_the_same_weights(studied, tmp_path):
     def jobs(name):
-        change = change_of(platform, "pooled_towers")
-        return [
-            TrainJob(
-                f"{name}{s}",
-                platform.model_schema,
-                (files[0],),
-                (files[1],),
-                train_config(platform, change, s),
-                tmp_path / f"{name}{s}",
-                {},
-            )
-            for s in (0, 1)
-        ]
+        return [pooled_job(studied.site, f"{name}{s}", s, tmp_path) for s in (0, 1)]
 
     lines: list[str] = []
     train_all(jobs("alone"), 1, lines.append)

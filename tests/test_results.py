@@ -8,6 +8,7 @@ import numpy as np
 
 from checks import routing
 from mtmd_assets import model_store, results
+from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Home
 from tests.studied import DAYS
 from tests.worlds import Runner, query, show_failure
@@ -19,7 +20,7 @@ def test_the_document_says_what_the_tables_say(studied):
         studied,
         "SELECT improvement FROM improvements WHERE contender = 'pooled_towers' AND surface IS NULL AND task IS NULL AND bucket IS NULL",
     )
-    assert f"| pooled_towers | {mean:+.1%} [" in text
+    assert f"| pooled_towers | 2 | {mean:+.1%} [" in text
     assert text.count("| search | shopping |") >= 3
     [(impressions,)] = query(studied, "SELECT count(*) FROM joined_examples WHERE ds >= ?", DAYS[0])
     assert f"({impressions:,} impressions)" in text
@@ -37,7 +38,8 @@ def test_the_document_says_what_the_tables_say(studied):
     assert "Domain adaptation, by slice:" in text
     assert "Constrained modelling, by task and by slice:" in text
     assert "How unlike the domains are in the 18 dense features" in text
-    assert text.count(f"code `{model_store.code_version()}`") == 2
+    mtmd, contender = (model_store.code_version(architecture) for architecture in ("mtmd", "mmoe_dcn"))
+    assert text.count(f"code `{mtmd}`, of the contenders `{contender}`.") == text.count(f"code `{mtmd}`.") == 1
 
 
 def test_an_ablation_has_an_interval_in_each_bucket_and_its_cells_by_slice(studied):
@@ -84,14 +86,66 @@ def test_a_seed_that_not_all_days_have_is_left_out(studied, tmp_path):
     folder = tmp_path / "home"
     shutil.copytree(studied.site.folder.parent, folder)
     runner = Runner(Home(folder).site("adworld"))
-    before = results.sections(runner.site)["adworld"]
+    before = results.sections(runner.site, DAYS[1])["adworld"]
     config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd"], "seeds": 3, "workers": 1}}}}
     result = runner.run("experiments", DAYS[1], config=config)
     assert result.success, show_failure(result)
     with runner.site.warehouse.connect() as con:
         seeds = con.sql("SELECT DISTINCT seed FROM experiment_predictions WHERE model = 'mtmd' ORDER BY ALL").fetchall()
     assert seeds == [(0,), (1,), (2,)]
-    assert results.sections(runner.site)["adworld"] == before
+    assert results.sections(runner.site, DAYS[1])["adworld"] == before
+
+
+def test_earlier_days_have_a_result_of_their_own(studied, tmp_path):
+    folder = tmp_path / "home"
+    shutil.copytree(studied.site.folder.parent, folder)
+    experiments = studied.site.platform.experiments.model_copy(update={"days": 1})
+    platform = studied.site.platform.model_copy(update={"experiments": experiments})
+    runner = Runner(type(studied.site)(platform, folder / "adworld"))
+    assert runner.run("improvements", DAYS[0]).success
+    one = "SELECT mtmd FROM improvement_results WHERE ds = ? AND contender = 'mmoe_dcn' AND task IS NULL AND bucket IS NULL"
+    ((earlier,),), ((later,),) = query(runner, one, DAYS[0]), query(runner, one, DAYS[1])
+    assert earlier != later
+    assert f"Evaluated on {DAYS[0]} to {DAYS[0]} (" in results.sections(runner.site, DAYS[0])["adworld"]
+    assert f"Evaluated on {DAYS[0]} to {DAYS[1]} (" in results.sections(runner.site, DAYS[1])["adworld"]
+    assert results.headline(runner.site, DAYS[0], CONTENDERS) != results.headline(runner.site, DAYS[1], CONTENDERS)
+
+
+def test_mtmds_error_is_that_of_all_its_seeds_whatever_a_contender_has(studied):
+    [(error,)] = query(
+        studied,
+        """SELECT sum(rows * logmae) / sum(rows) FROM experiment_slice_metrics
+        WHERE model = 'mtmd' AND surface = 'search' AND product = 'standard' AND task = 'ctr' AND bucket IS NULL""",
+    )
+    with studied.site.warehouse.connect() as con:
+        con.execute(
+            """CREATE TEMP VIEW result AS SELECT * REPLACE (CASE contender WHEN 'slice_towers' THEN 1 ELSE seeds END AS seeds,
+                CASE contender WHEN 'slice_towers' THEN 0 ELSE mtmd END AS mtmd) FROM improvements"""
+        )
+        text = results._cells(con, studied.site, *DAYS, [0, 1])
+        headline = results._headline(con, CONTENDERS)
+    [line] = [line for line in text.splitlines() if line.startswith("| search | standard | ctr |")]
+    assert line.split(" | ")[4] == f"{error:.4f}"
+    assert "(one seed)" in line
+    [line] = [line for line in headline.splitlines() if line.startswith("| slice_towers |")]
+    seeds, _, cells, _, better, worse, _ = line.removeprefix("| slice_towers | ").split(" | ")
+    assert (seeds, better, worse) == ("1", "", ""), "one seed does not say which cells are better"
+    assert int(cells) > 0
+
+
+def test_a_cell_without_an_error_of_the_contender_has_no_improvement(studied):
+    with studied.site.warehouse.connect() as con:
+        con.execute(
+            """CREATE TEMP VIEW result AS SELECT * REPLACE (
+                CASE WHEN surface = 'search' AND task = 'ctr' THEN NULL ELSE improvement END AS improvement) FROM improvements"""
+        )
+        text = results._cells(con, studied.site, *DAYS, [0, 1])
+        headline = results._headline(con, ["pooled_towers"])
+        by_slice = results._by_slice(con, studied.site, "unconstrained")
+    [line] = [line for line in text.splitlines() if line.startswith("| search | standard | ctr |")]
+    assert line.endswith(" |  |  |  |  |"), line
+    assert "search standard ctr" not in headline
+    assert "| search | standard | " in by_slice
 
 
 def test_a_cell_has_the_interval_that_its_rows_and_seeds_allow():
@@ -154,7 +208,7 @@ def test_parameters_and_weights_are_those_trained_with(studied):
 
 
 def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_cells(studied):
-    with studied.site.warehouse.connect() as con:
+    with results._result(studied.site, DAYS[1]) as con:
         words, table = results._tasks(con, studied.site)
     assert "By task" in words
     errors = """SELECT avg(abs(ln(greatest(probability, 1e-6)) - ln(greatest(score, 1e-6))))
@@ -171,7 +225,7 @@ def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_
 
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
     monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
-    with studied.site.warehouse.connect() as con:
+    with results._result(studied.site, DAYS[1]) as con:
         text = results._calibration(con, DAYS[0], DAYS[-1])
     cells = query(
         studied,
@@ -197,7 +251,7 @@ def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_pa
     before = studied.document.read_text()
     others = [f"<!-- {name} -->\nuntouched\n<!-- end of {name} -->\n" for name in ("other", "adworld search")]
     document.write_text("\n".join([before, *others]))
-    results.write_sections(document, studied.site)
+    results.write_sections(document, studied.site, DAYS[1])
     text = document.read_text()
     assert text.count("## adworld\n") == text.count("## adworld: ablations\n") == 1
     assert text.count("untouched") == 2, "another platform's, and one that this home has no table for"

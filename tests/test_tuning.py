@@ -1,11 +1,13 @@
 """The search: what it tries, what it joins, whom it trains again."""
 
 import json
+import math
 from datetime import date
 
+import polars as pl
 import pytest
 
-from mtmd_assets import study, tuning
+from mtmd_assets import model_store, study, tuning
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.platform import shipped_platform
@@ -114,7 +116,7 @@ def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_an
     assert finalist.split("|")[3].strip() == "4", "the finalist is first, with its four trainings"
 
 
-def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_trials(searched, capsys):
+def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_trials(searched, capsys, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
         patch.setattr(tuning, "start", lambda platform, model: small)
@@ -134,6 +136,20 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
     assert found["learning_rate=1e-4 dropout=0.5"]["optimiser"]["learning_rate"] == 1e-4
     assert found["learning_rate=1e-4 dropout=0.5"]["model"]["dropout"] == 0.5
     assert "| pooled_towers | main_effects=true | 4 |" in capsys.readouterr().out
+    with searched.site.warehouse.connect() as con:
+        table = tuning.published(con, searched.site.platform)
+    assert tuning.current(searched.site, table).equals(table)
+    monkeypatch.setattr(model_store, "code_version", lambda architecture: "another")
+    assert tuning.current(searched.site, table).is_empty(), "trials of other code are not kept"
+
+
+def test_a_trial_that_diverges_comes_last(searched):
+    tries = {"tries": ["learning_rate=1e30"], "workers": 1, "log": lambda line: None}
+    found = tuning.tune(searched.site, ["pooled_towers"], **tries)
+    assert set(found.filter(pl.col("trial") != tuning.START)["logmae"]) == {math.inf}
+    first, last = tuning.ranking(found).splitlines()[2:]
+    assert first.startswith(f"| pooled_towers | {tuning.START} | 4 | 0.") or f"| {tuning.START} | 4 | 1." in first
+    assert last == "| pooled_towers | learning_rate=1e30 | 4 | inf | inf | inf |"
 
 
 @pytest.mark.parametrize(

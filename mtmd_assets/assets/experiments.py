@@ -157,6 +157,9 @@ def run_experiments(context: dg.AssetExecutionContext, site: Site, config: Exper
     log = printed_log(context)
     trained = train_models(site, windows, models, seeds, config.workers, log)
     for day, window in windows.items():
+        if not any(t.model == "mtmd" for t in trained[day]):
+            report.fail(day, Withheld(f"every training of mtmd on the window to {window[-1]} diverged"))
+            continue
         metadata = score_day(site, window, day, trained[day], context.run.run_id, log)
         seen = {"models": ", ".join(models), "seeds": len(seeds)}
         report.add(day, [Done({table: {**seen, **of_table} for table, of_table in metadata.items()})])
@@ -223,15 +226,20 @@ def train_models(
     workers: int,
     log: Callable[[str], None],
 ) -> dict[date, list[Trained]]:
-    """Every model with every seed on each day's window, the last day of which decides when to stop; by day."""
+    """Every model with every seed on each day's window, the last day of which decides when to stop; by day, without
+    those that diverged.
+    """
     jobs = {day: _jobs(site, window, [(m, seed) for seed in seeds for m in models]) for day, window in windows.items()}
     # seed by seed, so that what an interrupted run leaves is whole tables of fewer seeds
     every = [jobs[day][model, seed] for seed in seeds for day in windows for model in models]
-    todo = [job for job in every if not (job.folder / "manifest.json").is_file()]
+    todo = [job for job in every if not job.trained and not job.diverged.exists()]
     log(f"{len(every) - len(todo)} of {len(every)} models are trained already")
     train_all(todo, workers, log)
+    for job in every:
+        if not job.trained:
+            log(f"{job.name} is left out: it diverged, {job.diverged.read_text().strip()}")
     return {
-        day: [Trained(model, seed, job.name, job.folder) for (model, seed), job in of_day.items()]
+        day: [Trained(model, seed, job.name, job.folder) for (model, seed), job in of_day.items() if job.trained]
         for day, of_day in jobs.items()
     }
 

@@ -5,17 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from mtmd_model.config import KINDS, MTMDConfig
+from mtmd_model.contenders.product_mtmd import ProductMTMD
 from mtmd_model.encoder import Encoder, fit_encoder
 from mtmd_model.loss import kl_loss
 from mtmd_model.mtmd import MTMD
 from mtmd_model.predict import Predictor
-from mtmd_model.product_mtmd import ProductMTMD
-from tests.mtmd_model.sample import examples, platform
+from mtmd_model.schema import Task
+from mtmd_model.train import TrainConfig, train
+from tests.mtmd_model.sample import EVERYWHERE, examples, platform
 
 TINY = MTMDConfig(deep=(12, 8), shallow=(6, 4), router=(6,), width_divisor=16)
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -126,3 +129,22 @@ def test_one_model_a_product_learns_from_its_own_rows_only(encoder: Encoder):
     alone, whole = predictor.predict(table.slice(5, 1)), predictor.predict(table)
     for task, p in alone.items():
         assert p[0] == pytest.approx(whole[task][5], abs=1e-6, nan_ok=True)
+
+
+def test_one_model_a_product_where_a_product_has_no_task_on_a_surface(
+    write: Callable[[pa.Table], Path], tmp_path: Path
+):
+    whole = platform()
+    at_home = tuple(s for s in EVERYWHERE if s[0] == "home")
+    tasks = (
+        Task("ctr", None, 1.0, 32, at_home),
+        Task("cvr", None, 1.0, 32, tuple((s, "shopping") for s in ("search", "related"))),
+    )
+    schema = dataclasses.replace(whole, tasks=tasks)
+    table = examples(300, 1, schema)
+    config = TrainConfig("product_mtmd", TINY, batch_size=100, max_epochs=1, accelerator="cpu")
+    predictor = train(schema, [write(table)], [write(examples(100, 2, schema))], config, tmp_path / "v").predictor
+    for task, probability in predictor.predict(table).items():
+        has_score = np.isfinite(np.array(table[f"score_{task}"], float))
+        assert has_score.any()
+        np.testing.assert_array_equal(np.isfinite(probability), has_score)

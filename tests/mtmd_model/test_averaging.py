@@ -9,8 +9,8 @@ from torch import nn
 
 from mtmd_model.averaging import WeightAverage
 from mtmd_model.config import MTMDConfig
+from mtmd_model.contenders.plain import PlainConfig
 from mtmd_model.lightning_module import OptimiserConfig
-from mtmd_model.plain import PlainConfig
 from mtmd_model.train import TrainConfig, train
 from tests.mtmd_model.sample import examples, platform
 

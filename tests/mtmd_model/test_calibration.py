@@ -12,10 +12,10 @@ import torch
 from mtmd_model import calibration
 from mtmd_model.batch import Batch
 from mtmd_model.calibration import DAY, SPREAD, calibrate, expected
+from mtmd_model.contenders.mmoe_dcn import MMOEConfig
+from mtmd_model.contenders.plain import PlainConfig
 from mtmd_model.encoder import Encoder, fit_encoder
-from mtmd_model.mmoe_dcn import MMOEConfig
 from mtmd_model.mtmd import MTMD, MTMDConfig
-from mtmd_model.plain import PlainConfig
 from mtmd_model.train import TrainConfig, train
 from tests.mtmd_model.sample import examples, platform
 

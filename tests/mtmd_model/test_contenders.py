@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from mtmd_model import checkpoint
 from mtmd_model.architectures import build
 from mtmd_model.batch import Batch
+from mtmd_model.contenders.mmoe_dcn import MMOEDCN, FullRankCross, MMOEConfig
+from mtmd_model.contenders.plain import PlainConfig, PooledTowers, SliceTowers, SoftSliceTowers
+from mtmd_model.contenders.product_mtmd import ProductMTMD
 from mtmd_model.data import load
 from mtmd_model.encoder import Encoder, fit_encoder
 from mtmd_model.lightning_module import OptimiserConfig, RankerModule
 from mtmd_model.loss import kl_divergence, kl_loss
-from mtmd_model.mmoe_dcn import MMOEDCN, FullRankCross, MMOEConfig
 from mtmd_model.mtmd import MTMD, MTMDConfig
-from mtmd_model.plain import PlainConfig, PooledTowers, SliceTowers, SoftSliceTowers
-from mtmd_model.product_mtmd import ProductMTMD
 from mtmd_model.train import TrainConfig, TrainResult, _BestEpoch, train
 from mtmd_model.two_tower import TwoTower
 from tests.mtmd_model.sample import PRODUCTS, SURFACES, assert_gradients_are_slopes, examples, platform

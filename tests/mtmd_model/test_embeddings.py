@@ -11,10 +11,10 @@ import torch
 from mtmd_model.architectures import build
 from mtmd_model.batch import Batch
 from mtmd_model.config import MTMDConfig
+from mtmd_model.contenders.mmoe_dcn import MMOEConfig
+from mtmd_model.contenders.plain import PlainConfig
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.encoder import Encoder, fit_encoder
-from mtmd_model.mmoe_dcn import MMOEConfig
-from mtmd_model.plain import PlainConfig
 from mtmd_model.schema import Feature
 from mtmd_model.train import TrainConfig, train
 from mtmd_model.two_tower import count_parameters

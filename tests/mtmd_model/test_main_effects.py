@@ -12,10 +12,10 @@ from torch import Tensor
 from mtmd_model import checkpoint
 from mtmd_model.architectures import build
 from mtmd_model.config import MTMDConfig
+from mtmd_model.contenders.mmoe_dcn import MMOEConfig
+from mtmd_model.contenders.plain import PlainConfig
 from mtmd_model.encoder import fit_encoder
 from mtmd_model.main_effects import HORIZON, PRIOR, MainEffects
-from mtmd_model.mmoe_dcn import MMOEConfig
-from mtmd_model.plain import PlainConfig
 from mtmd_model.schema import Side
 from mtmd_model.train import TrainConfig, train
 from tests.mtmd_model.sample import examples, platform

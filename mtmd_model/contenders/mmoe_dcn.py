@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mtmd_model.batch import TowerInput
 from mtmd_model.config import divided, preset_divisor
+from mtmd_model.contenders.plain import PlainConfig, PlainInput, PooledTowers, Projections
 from mtmd_model.cross import LowRankCross
 from mtmd_model.ffn import GroupedFFN, GroupedLinear
-from mtmd_model.plain import PlainConfig, PlainInput, PooledTowers, Projections
 from mtmd_model.schema import Schema, Side
 
 
@@ -71,7 +71,11 @@ class FullRankCross(nn.Module):
 
 
 class MMOETower(nn.Module):
-    """vector_t = W_t sum_e gate_t(x)_e FFN_e(cross_e(x))."""
+    """vector_t = W_t sum_e gate_t(x)_e FFN_e(low_e(full_e(x))).
+
+    The low-rank layers are a network of their own, whose x_0 is what the full-rank ones put out. One network with the
+    features as x_0 throughout was no better on KuaiRand's tuning days, nor was a norm before it (docs/tuning.md).
+    """
 
     def __init__(self, side: Side, schema: Schema, rows: Mapping[str, int], config: MMOEConfig) -> None:
         super().__init__()

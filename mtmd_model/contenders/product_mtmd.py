@@ -84,10 +84,17 @@ class ProductMTMD(TwoTower):
 
 
 def of_product(schema: Schema, product: str) -> Schema:
-    """A platform with this product only; the features keep their columns."""
-    tasks = [replace(t, slices=tuple(s for s in t.slices if s[1] == product)) for t in schema.tasks]
+    """A platform with this product only; the features keep their columns.
+
+    A surface without a task for it has the first one, a root, for every domain needs an expert: rows that lack the label
+    teach it nothing, and are not scored.
+    """
+    of_tasks = [(t, [s for s in t.slices if s[1] == product]) for t in schema.tasks]
+    first, *others = [(t, slices) for t, slices in of_tasks if slices]
+    idle = [(s, product) for s in schema.surfaces if not any((s, product) in slices for _, slices in of_tasks)]
+    tasks = [replace(t, slices=tuple(slices)) for t, slices in [(first[0], [*first[1], *idle]), *others]]
     features = [
         f if f.side == "query" else replace(f, domains=tuple(d for d in f.domains if d == product))
         for f in schema.features
     ]
-    return replace(schema, products=(product,), tasks=tuple(t for t in tasks if t.slices), features=tuple(features))
+    return replace(schema, products=(product,), tasks=tuple(tasks), features=tuple(features))
