@@ -180,6 +180,9 @@ def _site(home: Home, name: str, data: str | None) -> Site:
     if data is None and (home.registered(name) or name == ALWAYS):
         site = home.site(name)
         _require_folder(site.platform)
+        if home.differs_from_shipped(site.platform):
+            file = home.root / name / "platform.yaml"
+            print(f"{name} as registered, {file}, which is not the shipped one (mtmd register)", flush=True)
         return site
     platform, _ = home.read(name, data)
     _require_folder(platform)

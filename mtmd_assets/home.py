@@ -137,6 +137,14 @@ class Home:
         _refuse_disguise(platform, file)
         return platform, text
 
+    def differs_from_shipped(self, platform: Platform) -> bool:
+        """Whether there is a shipped platform of that name that says something else, its source apart."""
+        shipped = SHIPPED / f"{platform.name}.yaml"
+        others = set(Platform.model_fields) - {"source"}
+        return shipped.is_file() and load_platform(shipped).model_dump(include=others) != platform.model_dump(
+            include=others
+        )
+
     def prepare_dagster(self) -> Path:
         """Dagster's folder in this home, with the settings of the checkout's `dagster.yaml`; set as `DAGSTER_HOME`.
 

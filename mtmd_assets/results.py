@@ -126,9 +126,10 @@ The intervals of cells with few rows are pointwise."""
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
-both were trained with as many seeds; intervals of means and of cells with few rows are pointwise, *better* and *worse* count the cells by
-simultaneous ones, *jumped* the trainings without it whose loss did (`checks/training.py`). Widths are divided by what
-the preset divides all of its widths by; half of the rows are half of the steps too."""
+both were trained with as many seeds; intervals of means and of cells with few rows are pointwise, *better* and *worse* count
+the cells by simultaneous ones (of few seeds on one day these are too short: [experiments.md](experiments.md#tables)),
+*jumped* the trainings without it whose loss did (`checks/training.py`). Widths are divided by what the preset divides all of
+its widths by; half of the rows are half of the steps too."""
 
 SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): what the platform file said and the
 best two others on every tuning day with two seeds, the rest once, on the last. What was chosen after it:

@@ -163,6 +163,16 @@ def test_a_demo_keeps_the_registered_file(home, capsys):
     assert home.site("kuairand").platform == site.platform
 
 
+def test_a_registered_file_that_is_not_the_shipped_one_is_named(home, tmp_path, capsys):
+    cli._site(home, "adworld", None)
+    home.register("adworld")
+    cli._site(home, "adworld", None)
+    assert capsys.readouterr().out == ""
+    home.register(str(small_adworld(tmp_path)))
+    cli._site(home, "adworld", None)
+    assert "platform.yaml, which is not the shipped one" in capsys.readouterr().out
+
+
 def test_the_demo_of_a_right_folder_is_registered_with_it(home, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "KuaiRand-Pure", [log_row(1, 1, "20220425", at=datetime(2022, 4, 25, 12))])
 
