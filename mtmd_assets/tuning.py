@@ -129,7 +129,12 @@ def _own(model: str, now: Mapping[str, Any]) -> dict[str, list[Any]]:
     if model == "slice_towers":
         # models that share nothing learn alike whatever their weights in the loss, up to the clip: AdamW divides by them;
         # but each has only its slice's rows of a batch
-        return {"preset": sizes, **dropout, "slice_balance": [], "batch_size": [by * now["batch_size"] for by in (2, 4)]}
+        return {
+            "preset": sizes,
+            **dropout,
+            "slice_balance": [],
+            "batch_size": [by * now["batch_size"] for by in (2, 4)],
+        }
     return {"preset": sizes, **dropout}
 
 
