@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default=models,
             help="comma-separated, in which contenders, and of results ablations and all, stand for many; %(default)s unless given",
         )
+        commands.choices[name].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
     commands.choices["results"].add_argument(
         "--seeds", type=int, help="how many of each model, at least; what the platform file says unless given"
     )
-    commands.choices["results"].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
     commands.choices["tune"].add_argument(
         "--try",
         dest="tries",
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "results":
             return results(home, options.platform, options.models, options.document, options.data, options.seeds)
         if options.command == "tune":
-            return tune(home, options.platform, options.models, options.data, options.tries)
+            return tune(home, options.platform, options.models, options.document, options.data, options.tries)
         if options.command == "backfill":
             return backfill(home, home.site(options.platform), options.job, options.first, options.last)
         if options.command == "scoreboard":
@@ -206,14 +206,16 @@ def results(
         return study.results(site, chosen, document, run, _step, seeds)
 
 
-def tune(home: Home, platform: str, models: str, data: str | None = None, tries: Sequence[str] = ()) -> int:
+def tune(
+    home: Home, platform: str, models: str, document: Path, data: str | None = None, tries: Sequence[str] = ()
+) -> int:
     """Search the settings of models of a platform, which is registered first if its data is given; see `study.tune`."""
     from mtmd_assets import study
 
     chosen = study.chosen(models)
     site = _site(home, platform, data)
     with _jobs(home, site) as run:
-        return study.tune(site, chosen, run, _step, tries)
+        return study.tune(site, chosen, document, run, _step, tries)
 
 
 def backfill(home: Home, site: Site, job: str, first: date, last: date) -> int:

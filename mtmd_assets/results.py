@@ -22,10 +22,13 @@ from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.domain_shift import domain_shifts
 from mtmd_assets.home import Site
 from mtmd_assets.improvement import verdict
+from mtmd_assets.model_store import code_version
 from mtmd_assets.pictures import markdown_table
+from mtmd_assets.tuning import ranking
 from mtmd_model.metrics import FLOOR
 
 if TYPE_CHECKING:
+    import polars as pl
     from duckdb import DuckDBPyConnection
 
 CELLS = "contender = $model AND surface IS NOT NULL AND bucket IS NULL"
@@ -36,30 +39,27 @@ WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first A
 MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
 HEAD = """# Results
 
-Written by `make results PLATFORM=…`, three sections a platform: contenders, ablations, search. Every number was in the
-tables of the home that it was run in or in its models' manifests; a section that a run has nothing new for is left as an earlier one wrote it.
+Three sections a platform: contenders and ablations, by `make results PLATFORM=…`, and the search, by `make tune`. Every
+number was in the tables of the home that it was run in or in its models' manifests; a section that a run has nothing new for
+is left as an earlier one wrote it.
 """
 
 
-def write_sections(path: Path, site: Site, last: date) -> None:
-    """Put a platform's sections in their places in the document: what was compared on the evaluation days up to `last`."""
+def write_sections(path: Path, found: Mapping[str, str]) -> None:
+    """Put sections, by their names, in their places in the document."""
     old = path.read_text() if path.exists() else HEAD
     kept = {m[1]: m[0] for m in re.finditer(r"<!-- ([\w ]+) -->\n.*?<!-- end of \1 -->\n", old, re.DOTALL)}
-    for name, text in sections(site, last).items():
+    for name, text in found.items():
         kept[name] = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([HEAD, *(kept[n] for n in sorted(kept))]))
 
 
-def sections(site: Site, last: date) -> dict[str, str]:
-    """Name -> Markdown of the sections that there are tables for."""
+def comparison(site: Site, last: date) -> dict[str, str]:
+    """Name -> Markdown of the sections of what was compared on the evaluation days up to `last`: contenders, ablations."""
     name = site.platform.name
     with _result(site, last) as con:
-        found = {
-            name: _contenders(con, site),
-            f"{name} ablations": _ablations(con, site),
-            f"{name} search": _search(con, site),
-        }
+        found = {name: _contenders(con, site), f"{name} ablations": _ablations(con, site)}
     return {key: "\n\n".join(parts) for key, parts in found.items() if parts}
 
 
@@ -471,14 +471,13 @@ def _signatures(con: "DuckDBPyConnection", first: date, last: date, seeds: list[
     return f"Failure signatures (`checks/routing.py`) in {routers} routers of all days and seeds: {faults}."
 
 
-def _search(con: "DuckDBPyConnection", site: Site) -> list[str]:
-    from mtmd_assets.tuning import published, ranking
-
-    table = published(con, site.platform)
-    if table.is_empty():
-        return []
-    trainings = ", ".join(f"{model} {n}" for model, n in table["model"].value_counts(sort=True).iter_rows())
-    return [f"## {site.platform.name}: the search", f"{SEARCH} Trainings: {trainings}.", ranking(table)]
+def search(site: Site, trials: "pl.DataFrame") -> dict[str, str]:
+    """Name -> Markdown of the section of the search: a table of trials."""
+    name = site.platform.name
+    trainings = ", ".join(f"{model} {n}" for model, n in sorted(trials["model"].value_counts().iter_rows()))
+    codes = ", ".join(f"`{code_version(model)}` ({model})" for model in sorted(set(trials["model"])))
+    parts = [f"## {name}: the search", f"{SEARCH} Trainings: {trainings}. Code: {codes}.", ranking(trials)]
+    return {f"{name} search": "\n\n".join(parts)}
 
 
 def _interval(row: dict[str, Any]) -> str:

@@ -98,15 +98,15 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
             run("experiments", first, last, config={"ops": {op_name(site): {"config": config}}})
         with step("compare"):
             run("improvements", days[-1])
-        writer.write_sections(document, site, last)
+        writer.write_sections(document, writer.comparison(site, last))
         print(f"\n{site.platform.name}, {first} to {last}: improvement of mtmd in LogMAE\n")
         print(writer.headline(site, last, chosen))
         print(f"\n{document}   every cell, with intervals")
     return 0
 
 
-def tune(site: Site, models: Sequence[str], run: Run, step: Step, tries: Sequence[str] = ()) -> int:
-    """Run the search, publish it as `trials` of the last tuning day beside what is there of other models, print it.
+def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, tries: Sequence[str] = ()) -> int:
+    """Run the search, publish it as `trials` of the last tuning day beside what is there of other models, write and print it.
 
     Args:
         tries: if any, only these changes, beside what is there of other trials too (`tuning.given`).
@@ -114,6 +114,7 @@ def tune(site: Site, models: Sequence[str], run: Run, step: Step, tries: Sequenc
     Raises:
         PlatformError: a model that is not searched, or as `tuning.given`.
     """
+    from mtmd_assets import results as writer
     from mtmd_assets import tuning
 
     others = [m for m in models if m not in ("mtmd", *CONTENDERS)]
@@ -135,5 +136,7 @@ def tune(site: Site, models: Sequence[str], run: Run, step: Step, tries: Sequenc
         stage.write(con, "trials", days[-1], "FROM tried UNION ALL BY NAME FROM others")
         stage.publish()
     with site.warehouse.connect() as con:
-        print(f"\n{tuning.ranking(tuning.published(con, site.platform))}")
+        trials = tuning.published(con, site.platform)
+    writer.write_sections(document, writer.search(site, trials))
+    print(f"\n{tuning.ranking(trials)}")
     return 0

@@ -274,7 +274,7 @@ def test_an_unknown_model_is_refused(studied):
 
 def test_a_model_without_all_of_its_days_is_not_compared(studied):
     from mtmd_assets.assets import experiments
-    from mtmd_assets.results import sections
+    from mtmd_assets.results import comparison
 
     site, said = studied.site, []
     longer = site.platform.experiments.model_copy(update={"days": 3})
@@ -288,8 +288,8 @@ def test_a_model_without_all_of_its_days_is_not_compared(studied):
         rows = query(studied, "SELECT DISTINCT contender, eval_start, eval_end FROM improvements ORDER BY ALL")
         assert ("no_routing", DAYS[1], DAYS[1]) in rows
         assert not {contender for contender, *_ in rows} & set(CONTENDERS)
-        assert "adworld" not in sections(short, DAYS[1])
-        assert "## adworld: ablations" in sections(short, DAYS[1])["adworld ablations"]
+        assert "adworld" not in comparison(short, DAYS[1])
+        assert "## adworld: ablations" in comparison(short, DAYS[1])["adworld ablations"]
     finally:
         experiments.compare(site, DAYS[1], "again", said.append)
     with pytest.raises(Withheld, match=r"no model has experiments of 2026-01-18 to 2026-01-20"):

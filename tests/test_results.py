@@ -86,14 +86,14 @@ def test_a_seed_that_not_all_days_have_is_left_out(studied, tmp_path):
     folder = tmp_path / "home"
     shutil.copytree(studied.site.folder.parent, folder)
     runner = Runner(Home(folder).site("adworld"))
-    before = results.sections(runner.site, DAYS[1])["adworld"]
+    before = results.comparison(runner.site, DAYS[1])["adworld"]
     config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd"], "seeds": 3, "workers": 1}}}}
     result = runner.run("experiments", DAYS[1], config=config)
     assert result.success, show_failure(result)
     with runner.site.warehouse.connect() as con:
         seeds = con.sql("SELECT DISTINCT seed FROM experiment_predictions WHERE model = 'mtmd' ORDER BY ALL").fetchall()
     assert seeds == [(0,), (1,), (2,)]
-    assert results.sections(runner.site, DAYS[1])["adworld"] == before
+    assert results.comparison(runner.site, DAYS[1])["adworld"] == before
 
 
 def test_earlier_days_have_a_result_of_their_own(studied, tmp_path):
@@ -106,8 +106,8 @@ def test_earlier_days_have_a_result_of_their_own(studied, tmp_path):
     one = "SELECT mtmd FROM improvement_results WHERE ds = ? AND contender = 'mmoe_dcn' AND task IS NULL AND bucket IS NULL"
     ((earlier,),), ((later,),) = query(runner, one, DAYS[0]), query(runner, one, DAYS[1])
     assert earlier != later
-    assert f"Evaluated on {DAYS[0]} to {DAYS[0]} (" in results.sections(runner.site, DAYS[0])["adworld"]
-    assert f"Evaluated on {DAYS[0]} to {DAYS[1]} (" in results.sections(runner.site, DAYS[1])["adworld"]
+    assert f"Evaluated on {DAYS[0]} to {DAYS[0]} (" in results.comparison(runner.site, DAYS[0])["adworld"]
+    assert f"Evaluated on {DAYS[0]} to {DAYS[1]} (" in results.comparison(runner.site, DAYS[1])["adworld"]
     assert results.headline(runner.site, DAYS[0], CONTENDERS) != results.headline(runner.site, DAYS[1], CONTENDERS)
 
 
@@ -251,7 +251,7 @@ def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_pa
     before = studied.document.read_text()
     others = [f"<!-- {name} -->\nuntouched\n<!-- end of {name} -->\n" for name in ("other", "adworld search")]
     document.write_text("\n".join([before, *others]))
-    results.write_sections(document, studied.site, DAYS[1])
+    results.write_sections(document, results.comparison(studied.site, DAYS[1]))
     text = document.read_text()
     assert text.count("## adworld\n") == text.count("## adworld: ablations\n") == 1
     assert text.count("untouched") == 2, "another platform's, and one that this home has no table for"

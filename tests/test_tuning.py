@@ -85,9 +85,13 @@ def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_an
         patch.setattr(tuning, "singles", lambda platform, model: changes)
         patch.setattr(tuning, "FINALISTS", 2)
         patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
-        assert study.tune(searched.site, ["mtmd"], searched.run_step, quiet) == 0
-        assert study.tune(searched.site, ["pooled_towers"], searched.run_step, quiet) == 0, "keeps the trials of mtmd"
-        assert study.tune(searched.site, ["mtmd", "pooled_towers"], searched.run_step, quiet) == 0, "and replaces both"
+        assert study.tune(searched.site, ["mtmd"], searched.document, searched.run_step, quiet) == 0
+        assert study.tune(searched.site, ["pooled_towers"], searched.document, searched.run_step, quiet) == 0, (
+            "keeps the trials of mtmd"
+        )
+        assert study.tune(searched.site, ["mtmd", "pooled_towers"], searched.document, searched.run_step, quiet) == 0, (
+            "and replaces both"
+        )
     rows = query(
         searched, "SELECT model, trial, seed, window_end, logmae, window_start, config FROM trials ORDER BY ALL"
     )
@@ -122,7 +126,9 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
         patch.setattr(tuning, "start", lambda platform, model: small)
         patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
         for text in ("main_effects=true", "learning_rate=1e-4 dropout=0.5"):
-            assert study.tune(searched.site, ["pooled_towers"], searched.run_step, quiet, [text]) == 0
+            assert (
+                study.tune(searched.site, ["pooled_towers"], searched.document, searched.run_step, quiet, [text]) == 0
+            )
     rows = query(
         searched,
         "SELECT trial, window_end, seed, config FROM trials WHERE model = 'pooled_towers' AND trial LIKE '%=%'",
@@ -136,6 +142,9 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
     assert found["learning_rate=1e-4 dropout=0.5"]["optimiser"]["learning_rate"] == 1e-4
     assert found["learning_rate=1e-4 dropout=0.5"]["model"]["dropout"] == 0.5
     assert "| pooled_towers | main_effects=true | 4 |" in capsys.readouterr().out
+    text = searched.document.read_text()
+    assert "| pooled_towers | main_effects=true | 4 |" in text
+    assert f"Code: `{model_store.code_version('mtmd')}` (mtmd), `{model_store.code_version('pooled_towers')}`" in text
     with searched.site.warehouse.connect() as con:
         table = tuning.published(con, searched.site.platform)
     assert tuning.current(searched.site, table).equals(table)
@@ -186,4 +195,4 @@ def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):
 
 def test_a_model_that_is_not_searched_is_refused(searched):
     with pytest.raises(PlatformError, match="'no_cross' is not searched, only mtmd, slice_towers"):
-        study.tune(searched.site, ["mtmd", "no_cross"], searched.run_step, quiet)
+        study.tune(searched.site, ["mtmd", "no_cross"], searched.document, searched.run_step, quiet)
