@@ -70,6 +70,7 @@ def improvement_table(
     contender: pl.DataFrame,
     *,
     min_rows: int = 200,
+    min_users: int = 20,
     replicates: int = 2000,
     seed: int = 0,
 ) -> pl.DataFrame:
@@ -87,6 +88,7 @@ def improvement_table(
         contender: the same rows and seeds of the other model.
         min_rows: cells with at least this many rows (a row counts once, not once a seed) are the family: they enter
             the means and have joint intervals.
+        min_users: of a cell with a joint interval: a bootstrap over fewer says too little of what others would do.
         replicates: of the bootstrap.
         seed: of the bootstrap's random numbers.
 
@@ -101,7 +103,8 @@ def improvement_table(
         - improvement: fraction, null without rows or where the contender makes no error; of a mean the unweighted mean
           of its cells' improvements, which is not that of its two LogMAEs
         - low, high: pointwise (`pointwise_interval`)
-        - joint_low, joint_high: simultaneous over the family's cells (`joint_interval`); null elsewhere, and with one seed
+        - joint_low, joint_high: simultaneous over the family's cells with enough users (`joint_interval`); null elsewhere,
+          and with one seed
 
     Raises:
         ValueError: a column or every row is missing, a value is missing or out of range, a row comes twice, or the two
@@ -133,7 +136,8 @@ def improvement_table(
     low_LG, high_LG = pointwise_interval(value_LG, value_BLG, freedom_LG)
     joint_low_LG, joint_high_LG = np.full((2, *low_LG.shape), np.nan)
     if len(seeds) > 1:
-        family = np.flatnonzero(family_C), ALL
+        many_users_C = (count_UCG[:, :, ALL] > 0).sum(axis=0) >= min_users
+        family = np.flatnonzero(family_C & many_users_C), ALL
         joint_low_LG[family], joint_high_LG[family] = joint_interval(
             value_LG[family], value_BLG[:, *family], freedom_LG[family]
         )
@@ -158,7 +162,7 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
     """What a cell's joint interval says of mtmd.
 
     Args:
-        row: of `improvement_table`. Means, buckets and cells outside the family have no joint interval and always come
+        row: of `improvement_table`. Means, buckets and cells with few rows or users have no joint interval and always come
             out as no clear difference: read their `low` and `high` instead.
     """
     low, high = row["joint_low"], row["joint_high"]

@@ -122,11 +122,11 @@ the pooled rows of the evaluation days, the mean of the seeds. The mean is unwei
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
 simultaneous (max-t) intervals, with Student's t for what few seeds say (`mtmd_assets/intervals.py`); days are not
 resampled. Beside a cell's LogMAE are those of two constants, the slice's own mean and median over the window.
-The intervals of cells with few rows are pointwise."""
+The intervals of cells with few rows or users are pointwise."""
 
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
-both were trained with as many seeds; intervals of means and of cells with few rows are pointwise, *better* and *worse* count
+both were trained with as many seeds; intervals of means and of cells with few rows or users are pointwise, *better* and *worse* count
 the cells by simultaneous ones (of few seeds on one day these are too short: [experiments.md](experiments.md#tables)),
 *jumped* the trainings without it whose loss did (`checks/training.py`). Widths are divided by what the preset divides all of
 its widths by; half of the rows are half of the steps too."""
@@ -271,7 +271,7 @@ def _cell(row: dict[str, Any]) -> str:
     if row["seeds"] == 1:
         return f"{row['improvement']:+.1%} (one seed)"
     if row["joint_low"] is None:
-        return f"{_interval(row)} (few rows)"
+        return f"{_interval(row)} (few rows or users)"
     mark = {"better": "", "worse": " **worse**", "no clear difference": " ~"}[verdict(row)]
     return f"{row['improvement']:+.1%} [{row['joint_low']:+.1%}, {row['joint_high']:+.1%}]{mark}"
 

@@ -55,7 +55,7 @@ def test_hand_computed() -> None:
     table = rows(4).with_columns(user_id=pl.Series(["a", "a", "b", "c"]))
     mtmd = predictions(table, [0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.6])
     contender = predictions(table, [0.5] * 4, [0.4, 0.7, 0.4, 0.8])
-    out = improvement_table(mtmd, contender, min_rows=1, replicates=50)
+    out = improvement_table(mtmd, contender, min_rows=1, min_users=3, replicates=50)
     cell = whole(out, surface="s0")
     # mtmd (0.25 + 0.45) / 2, contender (0.5 + 0.575) / 2.
     assert cell["mtmd"] == pytest.approx(0.35)
@@ -63,6 +63,8 @@ def test_hand_computed() -> None:
     assert cell["improvement"] == pytest.approx((0.5375 - 0.35) / 0.5375)
     assert (cell["rows"], cell["users"], cell["seeds"]) == (4, 3, 2)
     assert cell["joint_low"] <= cell["improvement"] <= cell["joint_high"]
+    few = improvement_table(mtmd, contender, min_rows=1, min_users=4, replicates=50)
+    assert whole(few, surface="s0") == {**cell, "joint_low": None, "joint_high": None}
 
     first = out.filter(pl.col("surface") == "s0", pl.col("bucket") == 0).row(0, named=True)
     # The one row of bucket 0: mtmd (0.1 + 0.3) / 2, contender (0.5 + 0.4) / 2.

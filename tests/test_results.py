@@ -160,7 +160,9 @@ def test_a_cell_has_the_interval_that_its_rows_and_seeds_allow():
     }
     assert results._cell(cell) == "+10.0% [+1.0%, +20.0%]"
     assert results._cell({**cell, "joint_low": -0.01}) == "+10.0% [-1.0%, +20.0%] ~"
-    assert results._cell({**cell, "joint_low": None, "joint_high": None}) == "+10.0% [+5.0%, +15.0%] (few rows)"
+    assert (
+        results._cell({**cell, "joint_low": None, "joint_high": None}) == "+10.0% [+5.0%, +15.0%] (few rows or users)"
+    )
     assert results._cell({**cell, "joint_low": None, "joint_high": None, "seeds": 1}) == "+10.0% (one seed)"
 
 
