@@ -139,11 +139,8 @@ class Home:
 
     def differs_from_shipped(self, platform: Platform) -> bool:
         """Whether there is a shipped platform of that name that says something else, its source apart."""
-        shipped = SHIPPED / f"{platform.name}.yaml"
-        others = set(Platform.model_fields) - {"source"}
-        return shipped.is_file() and load_platform(shipped).model_dump(include=others) != platform.model_dump(
-            include=others
-        )
+        shipped = _shipped(platform.name)
+        return shipped is not None and shipped.model_dump(exclude={"source"}) != platform.model_dump(exclude={"source"})
 
     def prepare_dagster(self) -> Path:
         """Dagster's folder in this home, with the settings of the checkout's `dagster.yaml`; set as `DAGSTER_HOME`.
@@ -174,10 +171,16 @@ def _placed(source: Mapping[str, Any], file: Path, data: str | None) -> dict[str
     return {**source, **folders, **({} if data is None else {"data": str(Path(data).absolute())})}
 
 
+def _shipped(name: str) -> Platform | None:
+    """The shipped platform of that name, if there is one."""
+    file = SHIPPED / f"{name}.yaml"
+    return load_platform(file) if file.is_file() else None
+
+
 def _refuse_disguise(platform: Platform, file: Path) -> None:
     """Logs of one's own under a shipped platform's name would take its place, and its days stay under them."""
-    shipped = SHIPPED / f"{platform.name}.yaml"
-    if shipped.is_file() and load_platform(shipped).source.kind != platform.source.kind:
+    shipped = _shipped(platform.name)
+    if shipped is not None and shipped.source.kind != platform.source.kind:
         raise PlatformError(
             f"{file}: name: that is a shipped platform, of another kind of source: choose another name "
             f"(received {platform.name!r})"

@@ -117,9 +117,10 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     from mtmd_assets import results as writer
     from mtmd_assets import tuning
 
-    others = [m for m in models if m not in ("mtmd", *CONTENDERS)]
-    if others:
-        raise PlatformError(f"--models: {others[0]!r} is not searched, only {', '.join(('mtmd', *CONTENDERS))}")
+    searched = ("mtmd", *CONTENDERS)
+    unknown = [m for m in models if m not in searched]
+    if unknown:
+        raise PlatformError(f"--models: {unknown[0]!r} is not searched, only {', '.join(searched)}")
     evaluation_days(site)
     days = sorted(site.platform.experiments.tuning_days)
     if days:
@@ -129,11 +130,9 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     with site.warehouse.stage() as stage, site.warehouse.connect() as con:
         con.register("tried", table)
         which = "(model, trial)" if tries else "model"
-        others = con.sql(
-            f"SELECT * EXCLUDE ds FROM trials WHERE ds = '{days[-1]}' AND {which} NOT IN (SELECT {which} FROM tried)"
-        ).pl()
-        con.register("others", tuning.current(site, others))
-        stage.write(con, "trials", days[-1], "FROM tried UNION ALL BY NAME FROM others")
+        con.register("published", tuning.current(site, tuning.published(con, site.platform)))
+        others = f"FROM published WHERE {which} NOT IN (SELECT {which} FROM tried)"
+        stage.write(con, "trials", days[-1], f"FROM tried UNION ALL BY NAME {others}")
         stage.publish()
     with site.warehouse.connect() as con:
         trials = tuning.published(con, site.platform)

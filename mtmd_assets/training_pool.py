@@ -47,6 +47,11 @@ class TrainJob:
         """Where it says so, if its loss ceased to be finite: trained again it would do the same."""
         return self.folder.with_name(f"{self.name}.diverged")
 
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.trained or self.diverged.is_file()
+
 
 def training_jobs(
     site: Site, window: Sequence[date], trainings: Mapping[str, tuple[Change, int]]
@@ -58,7 +63,7 @@ def training_jobs(
             settings: a folder that is there was trained by the same.
     """
     platform = site.platform
-    data = _data(site, window)
+    data = data_hashes(site, window)
     manifest = {"platform": platform.name, "window": [str(d) for d in window], "data": data}
     *fitted, stopped_on = (site.warehouse.path("joined_examples", d) for d in window)
     jobs = {}
@@ -70,13 +75,12 @@ def training_jobs(
     return jobs
 
 
-def is_current(site: Site, window: Sequence[date], name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a job of this name and configuration, of the platform's own schema, would be the same today: by the same code
-    on the same data."""
-    return name.endswith(_digest(_data(site, window), site.platform.model_schema, config))
+def is_current(name: str, data: Mapping[str, str], schema: "Schema", config: Mapping[str, Any]) -> bool:
+    """Whether a job of this name would have it today too: by the same code, on these data (`data_hashes`)."""
+    return name.endswith(_digest(data, schema, config))
 
 
-def _data(site: Site, window: Sequence[date]) -> dict[str, str]:
+def data_hashes(site: Site, window: Sequence[date]) -> dict[str, str]:
     """Day -> hash of its examples."""
     return {str(d): model_store.file_hash(site.warehouse.path("joined_examples", d)) for d in window}
 

@@ -24,7 +24,7 @@ from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
 from mtmd_assets.platform import Platform
 from mtmd_assets.platform_parts import Contender, OwnMTMD
-from mtmd_assets.training_pool import TrainJob, is_current, train_all, training_jobs
+from mtmd_assets.training_pool import TrainJob, data_hashes, is_current, train_all, training_jobs
 
 if TYPE_CHECKING:
     import polars as pl
@@ -187,7 +187,7 @@ def tune(
     def run(todo: Sequence[_Trial]) -> None:
         jobs = [_job(site, trial) for trial in todo]
         # two trials may be the same training
-        missing = {job.name: job for job in jobs if not job.trained and not job.diverged.exists()}
+        missing = {job.name: job for job in jobs if not job.finished}
         log(f"{len(jobs) - len(missing)} of {len(jobs)} trials are there already")
         train_all(list(missing.values()), workers, log)
         rows.extend(map(_row, todo, jobs))
@@ -298,16 +298,18 @@ def _judge(job: TrainJob) -> tuple[int, float]:
 
 def published(con: "DuckDBPyConnection", platform: Platform) -> "pl.DataFrame":
     """The table `trials` of the platform's tuning days; those of others are not theirs to be compared with."""
-    last = max(platform.experiments.tuning_days, default=None)
-    return con.sql("SELECT * EXCLUDE ds FROM trials WHERE ds = $last", params={"last": last}).pl()
+    days = platform.experiments.tuning_days
+    query = "SELECT * EXCLUDE ds FROM trials WHERE ds = $last AND list_contains($days, window_end)"
+    return con.sql(query, params={"last": max(days), "days": list(days)}).pl()
 
 
 def current(site: Site, trials: "pl.DataFrame") -> "pl.DataFrame":
     """Rows of `trials` that would be trained alike today: others are of older code, or of other data."""
     import polars as pl
 
+    data = {day: data_hashes(site, trial_window(site.platform, day)) for day in trials["window_end"].unique()}
     alike = [
-        is_current(site, trial_window(site.platform, r["window_end"]), r["training"], json.loads(r["config"]))
+        is_current(r["training"], data[r["window_end"]], site.platform.model_schema, json.loads(r["config"]))
         for r in trials.iter_rows(named=True)
     ]
     return trials.filter(pl.Series(alike, dtype=pl.Boolean))

@@ -232,7 +232,7 @@ def train_models(
     jobs = {day: _jobs(site, window, [(m, seed) for seed in seeds for m in models]) for day, window in windows.items()}
     # seed by seed, so that what an interrupted run leaves is whole tables of fewer seeds
     every = [jobs[day][model, seed] for seed in seeds for day in windows for model in models]
-    todo = [job for job in every if not job.trained and not job.diverged.exists()]
+    todo = [job for job in every if not job.finished]
     log(f"{len(every) - len(todo)} of {len(every)} models are trained already")
     train_all(todo, workers, log)
     for job in every:
