@@ -153,8 +153,9 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
 
 
 def test_a_trial_that_diverges_comes_last(searched):
-    tries = {"tries": ["learning_rate=1e30"], "workers": 1, "log": lambda line: None}
-    found = tuning.tune(searched.site, ["pooled_towers"], **tries)
+    site = searched.site
+    study.build_days(site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+    found = tuning.tune(site, ["pooled_towers"], 1, lambda line: None, ["learning_rate=1e30"])
     assert set(found.filter(pl.col("trial") != tuning.START)["logmae"]) == {math.inf}
     first, last = tuning.ranking(found).splitlines()[2:]
     assert first.startswith(f"| pooled_towers | {tuning.START} | 4 | 0.") or f"| {tuning.START} | 4 | 1." in first
