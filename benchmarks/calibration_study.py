@@ -3,8 +3,8 @@
 python -m benchmarks.calibration_study --worlds 10
 
 Each world is adworld with a seed of its own. MTMD, as experiments train it, learns from days 1 to 6 and stops on day 7;
-judged are days 8 to 10 by ln(sum of predictions / sum of scores) of every slice and task, less the constant that a way of
-calibrating takes from day 7. Trained models stay in the folder, and a second run takes them up.
+judged are days 8 to 10 by ln(sum of predictions / sum of scores) of every slice and task, after the odds of the mean
+prediction are divided by the constant that a way of calibrating takes from day 7. Trained models stay in the folder, and a second run takes them up.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ WAYS = {
     "half of each": lambda x_Z, task, v_Z: (task + x_Z) / 2,
     "calibration.expected": lambda x_Z, task, v_Z: _expected(x_Z, v_Z),
 }
-"""Constants of a task's slices from what day 7 shows: logarithms of the slices' ratios, that of the task's, variances."""
+"""Constants of a task's slices from what day 7 shows: logarithms of the slices' odds ratios, that of the task's, variances."""
 
 
 def _expected(x_Z: np.ndarray, v_Z: np.ndarray) -> np.ndarray:
@@ -65,7 +65,8 @@ def worlds(folder: Path, count: int, base: Path) -> list[tuple[Site, TrainJob]]:
 
 
 def sums(site: Site, job: TrainJob, days: list[date]) -> pl.DataFrame:
-    """Surface, product, task, rows, log_ratio and its variance (rows being independent), a row a cell, over some days."""
+    """Surface, product, task, rows, mean prediction and score, and the variance of the logarithm of their odds ratio (rows
+    being independent), a row a cell, over some days."""
     model = checkpoint.load(job.folder)
     frames = []
     for day in days:
@@ -85,10 +86,10 @@ def sums(site: Site, job: TrainJob, days: list[date]) -> pl.DataFrame:
         .group_by("surface", "product", "task")
         .agg(
             rows=pl.len(),
-            scored=pl.col("t").sum(),
-            log_ratio=-scale.log(),
+            predicted=pl.col("p").mean(),
+            scored=pl.col("t").mean(),
             variance=((pl.col("p") * scale - pl.col("t")) ** 2).sum()
-            / pl.col("t").sum() ** 2
+            / (pl.col("t").sum() * (1 - pl.col("t").mean())) ** 2
             * pl.len()
             / (pl.len() - 1),
         )
@@ -97,7 +98,7 @@ def sums(site: Site, job: TrainJob, days: list[date]) -> pl.DataFrame:
 
 
 def judge(stop: pl.DataFrame, later: pl.DataFrame, least_rows: int) -> pl.DataFrame:
-    """Surface, product, task, and the logarithm that each way of calibrating leaves on the later days.
+    """Surface, product, task, and the logarithm of the ratio of sums that each way of calibrating leaves on the later days.
 
     Args:
         stop: `sums` of the day that training stopped on.
@@ -106,14 +107,19 @@ def judge(stop: pl.DataFrame, later: pl.DataFrame, least_rows: int) -> pl.DataFr
     """
     parts = []
     for _, cells in stop.group_by("task", maintain_order=True):
-        x_Z, v_Z, scored_Z = (cells[c].to_numpy() for c in ("log_ratio", "variance", "scored"))
-        task = np.log((np.exp(x_Z) * scored_Z).sum() / scored_Z.sum())
+        rows_Z, p_Z, t_Z, v_Z = (cells[c].to_numpy() for c in ("rows", "predicted", "scored", "variance"))
+        task = _logit(np.average(p_Z, weights=rows_Z)) - _logit(np.average(t_Z, weights=rows_Z))
+        x_Z = _logit(p_Z) - _logit(t_Z)
         constants = [pl.Series(name, way(x_Z, task, v_Z)) for name, way in WAYS.items()]
         parts.append(cells.select("surface", "product", "task").with_columns(constants))
     both = later.filter(pl.col("rows") >= least_rows).join(pl.concat(parts), on=["surface", "product", "task"])
-    return both.select(
-        "surface", "product", "task", *((pl.col("log_ratio") - pl.col(name)).alias(name) for name in WAYS)
-    )
+    odds = pl.col("predicted") / (1 - pl.col("predicted"))
+    left = ((1 / (1 + (pl.col(name).exp() / odds)) / pl.col("scored")).log().alias(name) for name in WAYS)
+    return both.select("surface", "product", "task", *left)
+
+
+def _logit(p: np.ndarray) -> np.ndarray:
+    return np.log(p / (1 - p))
 
 
 def summary(left: Mapping[int, pl.DataFrame]) -> str:

@@ -3,8 +3,10 @@
 A trained model's sum of predictions is off by several per cent on days that it was not trained on: more for a rare task,
 and more in a small slice, which it knows by heart; how much differs from run to run. The days that decided when to stop
 show it, but the sums of one slice on one day stray by themselves. Therefore a random-effects model, as in a meta-analysis
-(DerSimonian and Laird, 1986): the logarithms of a task's ratios, one a slice, lie around the task's own, stray from day to
-day, and are observed with the variance of their rows. What is taken off is what a slice's is then expected to be on
+(DerSimonian and Laird, 1986): the logarithms of a task's odds ratios, one a slice, lie around the task's own, stray from
+day to day, and are observed with the variance of their rows. The odds are those of the mean prediction to the mean score:
+where a task is rare their ratio is that of the sums, and where it is likely too a level that is off by so many logits is
+off by as much as anywhere; the ratio of sums, which cannot be far from one there, would hide it. What is taken off is what a slice's is then expected to be on
 another day: of a large slice half way between its own and its task's or nearer to its own, of a small one nearly its task's
 (docs/experiments.md says what else was tried).
 
@@ -23,10 +25,10 @@ from mtmd_model.constrained import chains
 from mtmd_model.two_tower import TwoTower, dot_products
 
 SPREAD, DAY = 0.04, 0.04
-"""Standard deviations of ln(sum of predictions / sum of scores): between the slices of a task, at least, and of a slice
-between days, however many rows it has."""
+"""Standard deviations of the logarithm of the odds ratio: between the slices of a task, at least, and of a slice between
+days, however many rows it has."""
 NEAR, SHORT = 0.02, 0.1
-"""A logarithm of a ratio of sums, and a step in logits, from which Newton's ends nearer than 0.001 without looking: what
+"""A logarithm of an odds ratio, and a step in logits, from which Newton's ends nearer than 0.001 without looking: what
 it leaves is about the half of their product."""
 PASSES = 10
 """Over the days, at most: the ratio of a model that has learned is near 1, and one or two do."""
@@ -46,9 +48,9 @@ def calibrate(model: TwoTower, batches: Callable[[], Iterable[Batch]]) -> Tensor
     """
     sums = _Sums.of(model, batches())
     before_T = sums.predicted_ZT.sum(0) / sums.scored_ZT.sum(0)
-    log_ratio_ZT = sums.log_ratio_ZT
+    off_ZT = sums.log_odds_ratio_ZT
     # a task of which no slice has two rows is left as it is
-    goal_ZT = log_ratio_ZT - expected(log_ratio_ZT, sums.variance_ZT).nan_to_num()
+    goal_ZT = off_ZT - expected(off_ZT, sums.variance_ZT).nan_to_num()
     for n in range(PASSES):
         sums = _Sums.of(model, batches()) if n else sums
         step_ZT, near = sums.step_ZT(goal_ZT)
@@ -58,19 +60,19 @@ def calibrate(model: TwoTower, batches: Callable[[], Iterable[Batch]]) -> Tensor
     return before_T
 
 
-def expected(log_ratio_ZT: Tensor, variance_ZT: Tensor) -> Tensor:
-    """(Z, T) what the logarithms of a task's ratios are expected to be in each slice, given those seen there.
+def expected(log_odds_ratio_ZT: Tensor, variance_ZT: Tensor) -> Tensor:
+    """(Z, T) what the logarithms of a task's odds ratios are expected to be in each slice, given those seen there.
 
     Args:
-        log_ratio_ZT: as seen; NaN where nothing was.
+        log_odds_ratio_ZT: as seen; NaN where nothing was.
         variance_ZT: of what was seen, for the rows that it was seen in; infinite where one row cannot tell.
 
     Returns:
         Between the slice's own and the task's, which is the mean of all by their precision; the task's where nothing was
         seen, and NaN for a task that was nowhere.
     """
-    seen_ZT = ~log_ratio_ZT.isnan()
-    own_ZT, of_day_ZT = log_ratio_ZT.nan_to_num(), torch.where(seen_ZT, variance_ZT + DAY**2, torch.inf)
+    seen_ZT = ~log_odds_ratio_ZT.isnan()
+    own_ZT, of_day_ZT = log_odds_ratio_ZT.nan_to_num(), torch.where(seen_ZT, variance_ZT + DAY**2, torch.inf)
     spread_T = _spread(own_ZT, of_day_ZT).clamp_min(SPREAD**2)
     precision_ZT = 1 / (of_day_ZT + spread_T)
     task_T = (precision_ZT * own_ZT).sum(0) / precision_ZT.sum(0)
@@ -125,33 +127,40 @@ class _Sums:
         return cls(predicted_ZT, scored_ZT, weights_2ZT, squares_3ZT, slope_ZTT * chain_TT)
 
     @property
-    def log_ratio_ZT(self) -> Tensor:
-        """(Z, T) ln(predicted / scored); NaN where one of them is zero."""
-        log_ZT = (self.predicted_ZT / self.scored_ZT).log()
+    def log_odds_ratio_ZT(self) -> Tensor:
+        """(Z, T) ln(odds of the mean prediction / odds of the mean score); NaN where one of them has none."""
+        total_ZT = self.weights_2ZT[0]
+        log_ZT = (self.predicted_ZT / total_ZT).logit() - (self.scored_ZT / total_ZT).logit()
         return torch.where(log_ZT.isfinite(), log_ZT, torch.nan)
 
     @property
     def variance_ZT(self) -> Tensor:
-        """(Z, T) of `log_ratio_ZT`, if rows are independent: sum of (scaled prediction - score)^2 / scored^2, times
-        n / (n - 1) for n rows of equal weight, as the scale is from the same rows; infinite for one row."""
+        """(Z, T) of `log_odds_ratio_ZT`, if rows are independent: sum of (scaled prediction - score)^2 / (scored x (1 - mean
+        score))^2, times n / (n - 1) for n rows of equal weight, as the scale is from the same rows; infinite for one row."""
         scale_ZT = self.scored_ZT / self.predicted_ZT
         predicted_ZT, both_ZT, scored_ZT = self.squares_3ZT
         squares_ZT = (scale_ZT**2 * predicted_ZT - 2 * scale_ZT * both_ZT + scored_ZT).clamp_min(0)
         rows_ZT = self.weights_2ZT[0] ** 2 / self.weights_2ZT[1]
         alone = rows_ZT < 1 + 1e-9
-        return torch.where(alone, torch.inf, squares_ZT / self.scored_ZT**2 * rows_ZT / (rows_ZT - 1))
+        slope_ZT = self.scored_ZT * self._unlikely_ZT(self.scored_ZT)
+        return torch.where(alone, torch.inf, squares_ZT / slope_ZT**2 * rows_ZT / (rows_ZT - 1))
+
+    def _unlikely_ZT(self, sum_ZT: Tensor) -> Tensor:
+        """(Z, T) one less the mean: by so much a logarithm of a probability is shorter than that of its odds."""
+        return 1 - sum_ZT / self.weights_2ZT[0]
 
     def step_ZT(self, goal_ZT: Tensor) -> tuple[Tensor, bool]:
-        """(Z, T) Newton's step towards these logarithms of the ratios, which are nearly straight lines, at most 1 logit;
-        and whether it needs no other after it. Where a slice has no ratio, its task's mean step by scores; zero for a
+        """(Z, T) Newton's step towards these logarithms of the odds ratios, which are nearly straight lines, at most 1
+        logit; and whether it needs no other after it. Where a slice has none, its task's mean step by precision; zero for a
         task that has none anywhere."""
-        known_ZT = ~self.log_ratio_ZT.isnan()
-        wanted_ZT = torch.where(known_ZT, goal_ZT - self.log_ratio_ZT, 0)
-        straight_ZTT = self.slope_ZTT / self.predicted_ZT[:, :, None]
+        off_ZT = self.log_odds_ratio_ZT
+        known_ZT = ~off_ZT.isnan()
+        wanted_ZT = torch.where(known_ZT, goal_ZT - off_ZT, 0)
+        straight_ZTT = self.slope_ZTT / (self.predicted_ZT * self._unlikely_ZT(self.predicted_ZT))[:, :, None]
         alone_TT = torch.eye(known_ZT.shape[1]).to(straight_ZTT)
         straight_ZTT = torch.where(known_ZT[:, :, None], straight_ZTT, alone_TT)
         step_ZT = torch.linalg.solve(straight_ZTT, wanted_ZT).clamp(-1, 1)
         near = bool(((wanted_ZT.abs() < NEAR) & (step_ZT.abs() < SHORT)).all())
-        share_ZT = torch.where(known_ZT, self.scored_ZT, 0)
-        mean_T = ((share_ZT * step_ZT).sum(0) / share_ZT.sum(0)).nan_to_num()
+        precision_ZT = torch.where(known_ZT, 1 / (self.variance_ZT + DAY**2), 0)
+        mean_T = ((precision_ZT * step_ZT).sum(0) / precision_ZT.sum(0)).nan_to_num()
         return torch.where(known_ZT, step_ZT, mean_T), near

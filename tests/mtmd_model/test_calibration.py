@@ -48,7 +48,7 @@ def sums(model: MTMD, rows: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def cells(model: MTMD, rows: Batch) -> dict[tuple[int, int, int], tuple[float, float]]:
-    """(task, surface, product) -> logarithm of the ratio of sums, and its variance, where there are scores."""
+    """(task, surface, product) -> logarithm of the odds ratio of the means, and its variance, where there are scores."""
     p_BT = model(rows).double().sigmoid()
     found = {}
     for t, s, p in zip(*np.nonzero(model.bias.exists_TSP.numpy()), strict=True):
@@ -59,7 +59,8 @@ def cells(model: MTMD, rows: Batch) -> dict[tuple[int, int, int], tuple[float, f
             ratio = float(predicted.sum() / scored.sum())
             rows_ = float(weight.sum() ** 2 / (weight**2).sum())
             variance = float(((predicted / ratio - scored) ** 2).sum() / scored.sum() ** 2) * rows_ / (rows_ - 1)
-            found[int(t), int(s), int(p)] = np.log(ratio), variance
+            odds_p, odds_t = (float(x.sum() / (weight.sum() - x.sum())) for x in (predicted, scored))
+            found[int(t), int(s), int(p)] = np.log(odds_p / odds_t), variance * (1 + odds_t) ** 2
     return found
 
 
@@ -164,16 +165,32 @@ def test_near_by_two_passes_do(encoder: Encoder):
     assert len(passes) == 1, "nothing is left to do but to look"
 
 
-@pytest.mark.parametrize("mean", [0.5, 0.9, 0.97])
-def test_a_ratio_near_one_says_little_where_all_is_likely(encoder: Encoder, mean: float):
+@pytest.mark.parametrize("mean", [0.5, 0.9, 0.999])
+def test_what_is_off_by_so_many_logits_is_put_right_however_likely_it_is(encoder: Encoder, mean: float):
     model, rows = model_of(encoder, constrained=False), encoder.encode(examples(2000, 1))
     with torch.no_grad():
         model.bias.logits_TSP.add_(torch.tensor(mean).logit() + 1.5)
-        labels_BT = torch.where(rows.labels.isnan(), torch.nan, (1.02 * model(rows).sigmoid()).clamp_max(1))
+        labels_BT = torch.where(rows.labels.isnan(), torch.nan, (model(rows) + 0.3).sigmoid())
     rows = replace(rows, labels=labels_BT)
+    old_TSP = model.bias.logits_TSP.detach().clone()
     calibrate(model, lambda: [rows])
+    shift_TSP = (model.bias.logits_TSP - old_TSP)[model.bias.exists_TSP]
+    torch.testing.assert_close(shift_TSP, torch.full_like(shift_TSP, 0.3), atol=0.01, rtol=0)
     after_T, scored_T = sums(model, rows)
     torch.testing.assert_close(after_T, scored_T, rtol=1e-3, atol=0)
+
+
+def test_a_rare_slice_says_as_little_of_a_likely_one_as_of_another_rare_one(encoder: Encoder):
+    model, rows = model_of(encoder, constrained=False), encoder.encode(examples(2000, 1))
+    likely_B = rows.item.domain == 0
+    with torch.no_grad():
+        model.bias.logits_TSP[:, :, 0] = 6.5
+        z_BT = model(rows)
+        labels_BT = torch.where(rows.labels.isnan(), torch.nan, (z_BT - 0.04 * ~likely_B[:, None]).sigmoid())
+    old_TSP = model.bias.logits_TSP.detach().clone()
+    calibrate(model, lambda: [replace(rows, labels=labels_BT)])
+    shift_TSP = model.bias.logits_TSP - old_TSP
+    assert (shift_TSP.abs() < 0.041).all(), "each between its own and the other's, in logits"
 
 
 def test_all_but_the_biases_stays(encoder: Encoder):
