@@ -119,7 +119,8 @@ def tables(platform: "Platform") -> dict[str, Columns]:
         # The view `slice_metrics` is both.
         "daily_slice_metrics": metrics,
         "experiment_slice_metrics": metrics,
-        "experiment_models": models,
+        # `scored_data` is the hash of the evaluation day's examples.
+        "experiment_models": {**models, "scored_data": "VARCHAR"},
         "experiment_predictions": predictions,
         "experiment_routing_metrics": {"seed": "INTEGER", **routing},
         # The view `improvements` shows that of the latest evaluation days.

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 
 from mtmd_assets import cli, contenders, model_store, study
@@ -141,12 +140,12 @@ def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
 def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
     from mtmd_assets.assets import experiments
 
-    window, said = studied.site.platform.window(DAYS[0]), []
+    said: list[str] = []
     again = [experiments.Trained("mtmd", 0, "", studied.site.folder)]
 
     def kept():
         with studied.site.warehouse.connect() as con:
-            return experiments._still_current(con, studied.site, window, DAYS[1], again, said.append)
+            return experiments._kept(con, studied.site, DAYS[1], again, said.append)
 
     others = "SELECT DISTINCT model_version FROM experiment_models WHERE ds = ? AND (model != 'mtmd' OR seed != 0)"
     assert {(version,) for version in kept()} == set(query(studied, others, DAYS[1]))
@@ -284,7 +283,7 @@ def test_a_model_without_all_of_its_days_is_not_compared(studied):
     assert experiments.compared_days(short.platform, "no_cross", DAYS[1]) == [DAYS[1]]
     try:
         experiments.compare(short, DAYS[1], "short", said.append)
-        assert [line for line in said if line.startswith("mmoe_dcn is left out") and "2026-01-03" in line]
+        assert [line for line in said if line.startswith("mmoe_dcn is left out") and "2026-01-03, 2026-01-04" in line]
         rows = query(studied, "SELECT DISTINCT contender, eval_start, eval_end FROM improvements ORDER BY ALL")
         assert ("no_routing", DAYS[1], DAYS[1]) in rows
         assert not {contender for contender, *_ in rows} & set(CONTENDERS)
@@ -297,21 +296,49 @@ def test_a_model_without_all_of_its_days_is_not_compared(studied):
 
 
 def test_seeds_that_lack_a_day_are_not_compared():
-    from mtmd_assets.assets.experiments import _of_whole_seeds
+    from mtmd_assets.assets.experiments import Trained, _common_seeds
 
-    def rows(*pairs: tuple[date, int]) -> pl.DataFrame:
-        return pl.DataFrame({"day": [d for d, _ in pairs], "seed": [s for _, s in pairs]})
+    def day(mtmd: str, pooled: str) -> list[Trained]:
+        return [
+            Trained(model, int(seed), "", Path())
+            for model, seeds in (("mtmd", mtmd), ("pooled_towers", pooled))
+            for seed in seeds
+        ]
 
-    first, second = DAYS
-    mtmd = rows((first, 0), (first, 0), (second, 0), (first, 1), (second, 1), (first, 2))
-    contender = rows((first, 0), (second, 0), (second, 1), (first, 2), (second, 2))
-    ours, theirs = _of_whole_seeds(mtmd, contender, DAYS)
-    assert ours.rows() == [(first, 0), (first, 0), (second, 0)]
-    assert theirs.rows() == [(first, 0), (second, 0)]
-    assert _of_whole_seeds(mtmd.filter(pl.col("day") == second), contender, [second])[0].rows() == [
-        (second, 0),
-        (second, 1),
-    ]
+    first, second = day("012", "02"), day("01", "012")
+    assert _common_seeds([first, second], "pooled_towers") == [0]
+    assert _common_seeds([second], "pooled_towers") == [0, 1]
+    assert _common_seeds([first, second], "mmoe_dcn") == []
+
+
+def of_other_settings(site: Any) -> Any:
+    """The same home, as if mtmd's settings had been changed since."""
+    changed = site.platform.experiments.model_copy(
+        update={"mtmd": site.platform.experiments.mtmd.model_copy(update={"learning_rate": 0.01})}
+    )
+    return type(site)(site.platform.model_copy(update={"experiments": changed}), site.folder)
+
+
+def test_models_that_today_would_be_trained_otherwise_are_not_compared(studied):
+    from mtmd_assets.assets import experiments
+
+    said: list[str] = []
+    with pytest.raises(Withheld, match="by today's code, data and settings"):
+        experiments.compare(of_other_settings(studied.site), DAYS[1], "other", said.append)
+    assert any(line.startswith("slice_towers is left out") for line in said), "its own trainings are what they were"
+
+
+def test_models_that_were_scored_on_other_rows_are_not_compared(studied, monkeypatch):
+    from mtmd_assets.assets import experiments
+
+    site = studied.site
+    monkeypatch.setattr(experiments, "_scored_data", lambda site, day: "corrected" if day == DAYS[0] else "")
+    with site.warehouse.connect() as con:
+        assert experiments.current_models(con, site, DAYS[0]) == []
+    monkeypatch.undo()
+    with site.warehouse.connect() as con:
+        found = experiments.current_models(con, site, DAYS[0])
+    assert {(t.model, t.seed) for t in found} == {(m, seed) for m in OF_DAY[DAYS[0]] for seed in (0, 1)}
 
 
 def test_mtmd_alone_has_nothing_to_be_compared_with(studied):

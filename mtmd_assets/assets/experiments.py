@@ -33,6 +33,7 @@ from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
+from mtmd_assets.model_store import file_hash
 from mtmd_assets.platform import Platform
 from mtmd_assets.runs import sign
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
@@ -116,7 +117,7 @@ def experiment_assets(site: Site) -> list[dg.AssetsDefinition]:
     def improvements(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         sign(context)
         try:
-            return compare(site, date.fromisoformat(context.partition_key), context.run.run_id, context.log.info)
+            return compare(site, date.fromisoformat(context.partition_key), context.run.run_id, printed_log(context))
         except Withheld as e:
             raise dg.Failure(str(e), allow_retries=False) from e
 
@@ -180,7 +181,7 @@ def score_day(
         routing = _score(con, trained)
         con.execute(f"CREATE TEMP VIEW predicted AS FROM of_models WHERE model_version = '{trained[0].version}'")
         create_scored(con, window[0], window[-1], "of_models")
-        kept = _still_current(con, site, window, day, trained, log)
+        kept = _kept(con, site, day, trained, log)
         others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
         stage.write(
             con,
@@ -197,7 +198,7 @@ def score_day(
             {"floor": FLOOR},
         )
         rankers, _ = window_source(con, window)
-        con.register("trained", _records(trained, window, rankers))
+        con.register("trained", _records(trained, window, rankers, _scored_data(site, day)))
         stage.write(
             con,
             "experiment_models",
@@ -256,18 +257,40 @@ def _training_seed(last: date, seed: int) -> int:
     return 1000 * last.toordinal() + seed
 
 
-def _still_current(
-    con: "DuckDBPyConnection", site: Site, window: Sequence[date], day: date, trained: Sequence[Trained], log: Any
+def _kept(
+    con: "DuckDBPyConnection", site: Site, day: date, trained: Sequence[Trained], log: Callable[[str], None]
 ) -> list[str]:
-    """Versions among the day's other published models and seeds that would be trained alike today."""
-    published = con.execute("SELECT model, seed, model_version FROM experiment_models WHERE ds = ?", [day]).fetchall()
+    """Versions of the day's other published models and seeds that are current."""
+    published = con.execute("SELECT model, seed FROM experiment_models WHERE ds = ?", [day]).fetchall()
     replaced = {(t.model, t.seed) for t in trained}
-    others = {(m, seed): version for m, seed, version in published if (m, seed) not in replaced}
-    jobs = _jobs(site, window, [key for key in others if key[0] in MODELS]) if others else {}
-    kept = [job.name for key, job in jobs.items() if job.name == others[key]]
-    if len(kept) < len(others):
-        log(f"{day}: {len(others) - len(kept)} published models of other code, data or settings are left out")
+    kept = [c.version for c in current_models(con, site, day) if (c.model, c.seed) not in replaced]
+    others = len(set(published) - replaced)
+    if len(kept) < others:
+        log(f"{day}: {others - len(kept)} published models of other code, data or settings are left out")
     return kept
+
+
+def current_models(con: "DuckDBPyConnection", site: Site, day: date) -> list[Trained]:
+    """The models and seeds that are published of a day and that today would be trained alike, by the same code and settings
+    on the same data, and scored on the same rows: others say nothing of these."""
+    window = site.platform.window(day - timedelta(1))
+    published = {
+        (model, seed): (version, scored)
+        for model, seed, version, scored in con.execute(
+            "SELECT model, seed, model_version, scored_data FROM experiment_models WHERE ds = ?", [day]
+        ).fetchall()
+        if model in MODELS
+    }
+    if not published or site.warehouse.missing("joined_examples", window[0], day):
+        return []
+    scored = _scored_data(site, day)
+    jobs = _jobs(site, window, list(published))
+    return [Trained(*key, job.name, job.folder) for key, job in jobs.items() if published[key] == (job.name, scored)]
+
+
+def _scored_data(site: Site, day: date) -> str:
+    """A hash of the rows that the models of a day are scored on."""
+    return file_hash(site.warehouse.path("joined_examples", day))
 
 
 def _score(con: "DuckDBPyConnection", trained: Sequence[Trained]) -> list[dict[str, Any]]:
@@ -286,7 +309,9 @@ def _score(con: "DuckDBPyConnection", trained: Sequence[Trained]) -> list[dict[s
     return routing
 
 
-def _records(trained: Sequence[Trained], window: Sequence[date], rankers: Sequence[str]) -> "pl.DataFrame":
+def _records(
+    trained: Sequence[Trained], window: Sequence[date], rankers: Sequence[str], scored_data: str
+) -> "pl.DataFrame":
     """Rows of `experiment_models`, from the models' manifests."""
     import polars as pl
 
@@ -313,6 +338,7 @@ def _records(trained: Sequence[Trained], window: Sequence[date], rankers: Sequen
                 "validation_loss": best["validation_loss"],
                 "validation_logmae": best["validation_logmae"],
                 "promoted": False,
+                "scored_data": scored_data,
             }
         )
     return pl.DataFrame(rows, schema_overrides={"ranker_versions": pl.List(pl.String)})
@@ -326,7 +352,7 @@ def compared_days(platform: Platform, model: str, last: date) -> list[date]:
 
 
 def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> dg.MaterializeResult:
-    """Improvements of mtmd over every other model that has all of its days (`compared_days`).
+    """Improvements of mtmd over every other model that has all of its days (`compared_days`), by what is current on each.
 
     Raises:
         Withheld: none has.
@@ -337,37 +363,34 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
 
     platform, warehouse = site.platform, site.warehouse
     with warehouse.stage(run_id) as stage, warehouse.connect() as con:
-        trained = dict(
-            con.execute("SELECT model, list(DISTINCT ds) FROM experiment_predictions GROUP BY model").fetchall()
+        widest = compared_days(platform, "mtmd", last)
+        current = {day: current_models(con, site, day) for day in widest}
+        published = con.execute(
+            "SELECT DISTINCT model FROM experiment_models WHERE ds BETWEEN ? AND ?", [widest[0], last]
         )
-        spans = {m: compared_days(platform, m, last) for m in MODELS if m != "mtmd" and m in trained}
-        lacking = {m: sorted({*days} - {*trained[m]} | {*days} - {*trained["mtmd"]}) for m, days in spans.items()}
-        for model, missing in lacking.items():
-            if missing:
-                log(f"{model} is left out: no experiments of it, or of mtmd, on {', '.join(map(str, missing))}")
-        whole = {m: days for m, days in spans.items() if not lacking[m]}
-        if not whole:
-            first = compared_days(platform, "mtmd", last)[0]
-            raise Withheld(f"no model has experiments of {first} to {last}: run {platform.name}_experiments")
-        versions = con.execute(
-            """SELECT model, list(DISTINCT model_version ORDER BY model_version) FROM experiment_predictions
-            WHERE ds BETWEEN ? AND ? AND list_contains(?, model) GROUP BY model ORDER BY model""",
-            [min(min(days) for days in whole.values()), last, ["mtmd", *whole]],
-        ).fetchall()
-        result_id = f"{last}-{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:10]}"
-        mtmd = _predictions_of(con, min(whole.values(), key=min), "mtmd")
-        tables = []
-        for model, days in whole.items():
-            ours, theirs = _of_whole_seeds(
-                mtmd.filter(pl.col("day") >= days[0]), _predictions_of(con, days, model), days
-            )
-            if ours.is_empty():
-                log(f"{model} is left out: it and mtmd have no seed in common on all of its days")
+        seen = {model for (model,) in published.fetchall()} - {"mtmd"}
+        tables, versions = [], {}
+        for model in (m for m in MODELS if m in seen):
+            days = compared_days(platform, model, last)
+            seeds = _common_seeds([current[day] for day in days], model)
+            if not seeds:
+                log(
+                    f"{model} is left out: it and mtmd have no seed by today's code, data and settings on all of "
+                    f"{', '.join(map(str, days))}"
+                )
                 continue
+            ours, theirs = (_predictions_of(con, days, name, seeds) for name in ("mtmd", model))
             table = improvement_table(ours, theirs)
             tables.append(table.with_columns(contender=pl.lit(model), eval_start=pl.lit(days[0])))
+            versions[model] = [
+                t.version for day in days for t in current[day] if t.model in ("mtmd", model) and t.seed in seeds
+            ]
         if not tables:
-            raise Withheld(f"no model has a seed in common with mtmd: run {platform.name}_experiments")
+            raise Withheld(
+                f"no model has experiments of {widest[0]} to {last} by today's code, data and settings: "
+                f"run {platform.name}_experiments"
+            )
+        result_id = f"{last}-{hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:10]}"
         con.register("compared", pl.concat(tables))
         stage.write(
             con,
@@ -381,22 +404,21 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
     return dg.MaterializeResult(metadata=metadata)
 
 
-def _of_whole_seeds(
-    mtmd: "pl.DataFrame", contender: "pl.DataFrame", days: Sequence[date]
-) -> tuple["pl.DataFrame", "pl.DataFrame"]:
-    """The rows of the seeds that both have on every day."""
-    import polars as pl
-
-    both = mtmd.select("day", "seed").unique().join(contender.select("day", "seed").unique(), on=["day", "seed"])
-    whole = both.group_by("seed").len().filter(pl.col("len") == len(days)).select("seed")
-    return mtmd.join(whole, on="seed", how="semi"), contender.join(whole, on="seed", how="semi")
+def _common_seeds(days: Sequence[Sequence[Trained]], model: str) -> list[int]:
+    """The seeds that a model and mtmd have on every day."""
+    return sorted(
+        set.intersection(*({t.seed for t in of_day if t.model == name} for of_day in days for name in (model, "mtmd")))
+    )
 
 
-def _predictions_of(con: "DuckDBPyConnection", days: Sequence[date], model: str) -> "pl.DataFrame":
+def _predictions_of(
+    con: "DuckDBPyConnection", days: Sequence[date], model: str, seeds: Sequence[int]
+) -> "pl.DataFrame":
     """A model's predictions on consecutive days, with the bucket of each row among its day's slice x task."""
     return con.sql(
         """SELECT seed, ds AS day, impression_id, user_id, surface, product, task, score, probability,
             (ntile(10) OVER (PARTITION BY ds, seed, surface, product, task ORDER BY score DESC, impression_id) - 1)::INT AS bucket
-        FROM experiment_predictions WHERE ds BETWEEN $first AND $last AND model = $model""",
-        params={"model": model, "first": days[0], "last": days[-1]},
+        FROM experiment_predictions
+        WHERE ds BETWEEN $first AND $last AND model = $model AND list_contains($seeds, seed)""",
+        params={"model": model, "first": days[0], "last": days[-1], "seeds": list(seeds)},
     ).pl()
