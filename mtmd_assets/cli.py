@@ -186,6 +186,11 @@ def _site(home: Home, name: str, data: str | None) -> Site:
         return site
     platform, _ = home.read(name, data)
     _require_folder(platform)
+    if home.registered(name) and home.differs_from_shipped(home.site(name).platform):
+        print(
+            f"{name}: the shipped platform file takes the place of the registered one, which says something else",
+            flush=True,
+        )
     return home.register(name, data)
 
 

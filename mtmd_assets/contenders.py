@@ -8,12 +8,13 @@ make `experiments.max_epochs` passes, where the platform file has it and nothing
 Nothing here imports Dagster or torch: a training process pays for what it needs only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.platform import Platform
-from mtmd_assets.platform_parts import Contender
+from mtmd_assets.platform_parts import OwnSettings
 
 if TYPE_CHECKING:
     from mtmd_model.schema import Schema
@@ -85,18 +86,35 @@ def change_of(platform: Platform, model: str) -> Change:
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+    passes = platform.experiments.max_epochs
+    settings = own_settings(platform, model).model_dump(exclude_none=True)
+    change = Change(model) if model in CONTENDERS else ABLATIONS.get(model, Change())
+    return change.on({**({} if passes is None else {"max_epochs": passes}), **settings})
+
+
+def own_settings(platform: Platform, model: str) -> OwnSettings:
+    """What the platform file says of a model in experiments; of an ablation what it says of MTMD."""
     experiments = platform.experiments
-    if model in CONTENDERS:
-        named = {str(name): settings for name, settings in experiments.contenders.items()}
-        settings, change = named.get(model, Contender()).model_dump(exclude_none=True), Change(model)
-    else:
-        settings, change = experiments.mtmd.model_dump(exclude_none=True), ABLATIONS.get(model, Change())
-    passes = {} if experiments.max_epochs is None else {"max_epochs": experiments.max_epochs}
-    return change.on({**passes, **settings})
+    of: OwnSettings = getattr(experiments.contenders, model) if model in CONTENDERS else experiments.mtmd
+    return of
+
+
+NOTHING_TAKEN: Mapping[str, Callable[[Platform], bool]] = {
+    "unconstrained": lambda platform: all(task.given is None for task in platform.tasks),
+    "no_domain_norm": lambda platform: len(platform.surfaces) == len(platform.products) == 1,
+    "one_model_a_product": lambda platform: len(platform.products) == 1,
+    **{
+        f"width_{width}": partial(lambda width, platform: all(t.width == width for t in platform.tasks), width)
+        for width in (64, 48, 32)
+    },
+}
+"""Ablations of what some platforms do not have."""
 
 
 def is_mtmd(platform: Platform, model: str) -> bool:
-    """Whether an ablation takes nothing away: the platform's training has not what it is without."""
+    """Whether an ablation takes nothing away: the platform, or its training, has not what it is without."""
+    if model in NOTHING_TAKEN and NOTHING_TAKEN[model](platform):
+        return True
     own, whole = (change_of(platform, name) for name in (model, "mtmd"))
     same_features = model_schema(platform, own) == model_schema(platform, whole)
     return same_features and train_config(platform, own, 0) == train_config(platform, whole, 0)

@@ -113,18 +113,20 @@ class Home:
         """The platform that `register` would register, and the text of its file.
 
         Args:
-            file_or_name: a YAML file, or `adworld` or `kuairand`.
+            file_or_name: a YAML file, `adworld` or `kuairand`, or the name of a platform that is registered.
             data: the folder of its logs, for a source that takes one. Local folders that the file itself names are where
                 the file lies, if they are not absolute.
 
         Raises:
             PlatformError: if the file is refused.
         """
-        shipped = SHIPPED / f"{file_or_name}.yaml"
-        file = shipped if shipped.is_file() else Path(file_or_name)
-        if not file.is_file():
-            known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-            raise PlatformError(f"{file_or_name}: neither a file nor a shipped platform ({known})")
+        places = (SHIPPED / f"{file_or_name}.yaml", Path(file_or_name), self.root / file_or_name / "platform.yaml")
+        file = next((f for f in places if f.is_file()), None)
+        if file is None:
+            known = ", ".join(sorted({p.stem for p in SHIPPED.glob("*.yaml")} | self.names()))
+            raise PlatformError(
+                f"{file_or_name}: neither a file nor a platform that is shipped or registered ({known})"
+            )
         text = read_text(file)
         content = parse_yaml(text, str(file))
         source = content.get("source")

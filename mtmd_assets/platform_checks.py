@@ -64,6 +64,7 @@ def check(platform: "Platform") -> None:
     _names(platform)
     _scopes(platform)
     _chain(platform)
+    _tasks_everywhere(platform)
     _histories(platform)
     _towers(platform)
     _ranker(platform)
@@ -136,6 +137,15 @@ def _chain(platform: "Platform") -> None:
             if outside:
                 raise Fault(key, f"{task.name} exists where {task.given} does not: {sorted(outside)}", task.given)
         seen.add(task.name)
+
+
+def _tasks_everywhere(platform: "Platform") -> None:
+    """Each surface and product has a task."""
+    slices = {slice_ for task in platform.tasks for slice_ in platform.slices_of(task)}
+    for n, axis in enumerate(("surfaces", "products")):
+        for domain in getattr(platform, axis):
+            if not any(slice_[n] == domain for slice_ in slices):
+                raise Fault(axis, f"{domain} has no task: let one exist there, or leave it out", domain)
 
 
 def _ancestors(task: Task, by_name: dict[str, Task]) -> Iterator[str]:
@@ -223,7 +233,10 @@ def _columns(platform: "Platform") -> None:
 
 
 def _dates(platform: "Platform") -> None:
-    """A log that has ended is long enough for one day to be evaluated."""
+    """Days that are named are the log's, and one that has ended is long enough for one day to be evaluated."""
+    for n, day in enumerate(platform.experiments.tuning_days):
+        if day < platform.start:
+            raise Fault(f"experiments.tuning_days.{n}", f"before the start, {platform.start}", str(day))
     if platform.end is None:
         return
     if platform.end < platform.start:

@@ -350,21 +350,28 @@ class OwnSettings(Frozen):
     main_effects: bool | None = None
 
 
-class OwnMTMD(OwnSettings):
-    """Those of MTMD and its ablations."""
+class PooledSettings(OwnSettings):
+    """Those of a model whose domains or slices are partially pooled."""
 
     deviation: Number | None = Field(None, ge=0)
 
 
-class Contender(OwnSettings):
-    """Those of a contender."""
+class MMOESettings(OwnSettings):
+    """Those of MMOE-DCN."""
 
     experts: Integer | None = Field(None, gt=0)
-    """Of a tower of `mmoe_dcn`."""
+    """Of a tower."""
     low_rank_layers: Integer | None = Field(None, ge=0)
-    """Low-rank cross layers of an expert of `mmoe_dcn`."""
-    deviation: Number | None = Field(None, ge=0)
-    """Of `soft_slice_towers`; the other contenders have nothing to pool."""
+    """Low-rank cross layers of an expert."""
+
+
+class Contenders(Frozen):
+    """Each contender's own settings."""
+
+    slice_towers: OwnSettings = Field(default_factory=OwnSettings)
+    pooled_towers: OwnSettings = Field(default_factory=OwnSettings)
+    mmoe_dcn: MMOESettings = Field(default_factory=MMOESettings)
+    soft_slice_towers: PooledSettings = Field(default_factory=PooledSettings)
 
 
 class Experiments(Frozen):
@@ -385,12 +392,16 @@ class Experiments(Frozen):
     """Days on which settings are judged, all before the evaluation days."""
     tuned_epochs: tuple[Annotated[Integer, Field(gt=0)], ...] = ()
     """Passes that the search tries, beside those that a model has."""
-    mtmd: OwnMTMD = Field(default_factory=OwnMTMD)
-    """MTMD's own settings here: the daily model may be a smaller one."""
-    contenders: dict[Literal["slice_towers", "pooled_towers", "mmoe_dcn", "soft_slice_towers"], Contender] = Field(
-        default_factory=dict
-    )
-    """Each contender's own settings."""
+    mtmd: PooledSettings = Field(default_factory=PooledSettings)
+    """MTMD's own settings here, and its ablations': the daily model may be a smaller one."""
+    contenders: Contenders = Field(default_factory=Contenders)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiments":
+        if self.ablation_days is not None and self.ablation_days > self.days:
+            raise Fault("ablation_days", f"more than the evaluation days, {self.days}", self.ablation_days)
+        refuse_duplicates(self.tuning_days, "tuning_days.{}")
+        return self
 
 
 class OutOfScope(Frozen):

@@ -20,6 +20,7 @@ from checks.training import JUMP, high_passes
 from mtmd_assets.calibration_table import calibration_table
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.domain_shift import domain_shifts
+from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Site
 from mtmd_assets.improvement import verdict
 from mtmd_assets.model_store import code_version
@@ -37,12 +38,25 @@ WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first A
     GROUP BY model, seed HAVING count(DISTINCT ds) = $days"""
 """Models and seeds that were trained for every day."""
 MIN_ROWS, LARGE_ROWS, CALIBRATED_ROWS = 200, 500, 1000
-HEAD = """# Results
+TITLE = "# Results"
+HEAD = f"""{TITLE}
 
 Three sections a platform: contenders and ablations, by `make results PLATFORM=…`, and the search, by `make tune`. Every
 number was in the tables of the home that it was run in or in its models' manifests; a section that a run has nothing new for
 is left as an earlier one wrote it.
 """
+
+
+def require_results(path: Path) -> None:
+    """Refuse to write results where something else is.
+
+    Raises:
+        PlatformError: the document is a folder, or holds what `write_sections` has not written.
+    """
+    if path.is_dir() or (path.exists() and path.read_text().strip() and not path.read_text().startswith(TITLE)):
+        raise PlatformError(
+            f"--document {path}: something else is there; results go into a file that begins with {TITLE!r}"
+        )
 
 
 def write_sections(path: Path, found: Mapping[str, str]) -> None:
@@ -69,6 +83,12 @@ def _result(site: Site, last: date) -> Iterator["DuckDBPyConnection"]:
     with site.warehouse.connect() as con:
         con.execute(f"CREATE TEMP VIEW result AS SELECT * EXCLUDE ds FROM improvement_results WHERE ds = '{last}'")
         yield con
+
+
+def compared(site: Site, last: date) -> set[str]:
+    """The models that were compared on the evaluation days up to `last`."""
+    with _result(site, last) as con:
+        return {model for (model,) in con.execute("SELECT DISTINCT contender FROM result").fetchall()}
 
 
 def headline(site: Site, last: date, models: Collection[str]) -> str:
@@ -132,8 +152,8 @@ the cells by simultaneous ones (of few seeds on one day these are too short: [ex
 its widths by; half of the rows are half of the steps too."""
 
 SEARCH = """Mean LogMAE over the cells of a tuning day by trial (`mtmd_assets/tuning.py`): what the platform file said and the
-best two others on every tuning day with two seeds, the rest once, on the last. What was chosen after it:
-[tuning.md](tuning.md)."""
+best two others on every tuning day with two seeds, what was given by `--try` too, the rest once, on the last. What was
+chosen after it, of the shipped platforms: [tuning.md](tuning.md)."""
 
 
 def _setting(
@@ -164,10 +184,10 @@ def _setting(
     ).fetchall()
     spans = ", ".join(f"{start} to {end}" for start, end in windows)
     ours, theirs = (", ".join(f"`{code}`" for code, of_mtmd in codes if of_mtmd == which) for which in (True, False))
-    versions = f"{ours}, of the contenders {theirs}" if theirs else ours
+    versions = f"{ours}, of the others {theirs}" if theirs else ours
     lines = [
         f"Result `{result_id}`. Evaluated on {first} to {last} ({rows:,} impressions), each day by models of the window that",
-        f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} seeds; code {versions}.",
+        f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} {'seed' if seeds == 1 else 'seeds'}; code {versions}.",
     ]
     if not site.platform.logs_scores:
         from mtmd_assets.scoreboard import ranker_auc
@@ -197,14 +217,16 @@ def _headline(con: "DuckDBPyConnection", models: Collection[str]) -> str:
         smallest = (
             f"{worst['improvement']:+.1%} ({worst['surface']} {worst['product']} {worst['task']})" if worst else ""
         )
-        rows.append([model, mean["seeds"], _interval(mean), len(family), above, *_verdicts(family), smallest])
+        rows.append(
+            [model, mean["seeds"], _interval(mean), len(family), above, *_verdicts(family, mean["seeds"]), smallest]
+        )
     header = ["model", "seeds", "mean improvement", "cells", "above zero", "better", "worse"]
     return markdown_table([*header, f"smallest of the cells with {LARGE_ROWS} rows"], rows)
 
 
-def _verdicts(cells: Sequence[dict[str, Any]]) -> list[object]:
+def _verdicts(cells: Sequence[dict[str, Any]], seeds: int) -> list[object]:
     """How many are better and worse; nothing of one seed, which cannot say."""
-    if any(r["seeds"] == 1 for r in cells):
+    if seeds == 1:
         return ["", ""]
     verdicts = [verdict(r) for r in cells]
     return [verdicts.count("better"), verdicts.count("worse")]
@@ -223,6 +245,8 @@ def _tasks(con: "DuckDBPyConnection", site: Site) -> list[str]:
         ).fetchall()
     )
     contenders = [c for c in CONTENDERS if any(contender == c for contender, _ in means)]
+    if not contenders:
+        return []
     rows = [
         [task, *(x for c in contenders for x in (_interval(means[c, task]), f"{of_rows[c, task]:+.1%}"))]
         for task in site.platform.task_names
@@ -241,7 +265,8 @@ def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds
     rows: list[list[object]] = []
     pooled = con.execute(
         """SELECT (model, surface, product, task), sum(rows * logmae) / sum(rows), max(floored) FROM experiment_slice_metrics
-        WHERE ds BETWEEN ? AND ? AND list_contains(?, seed) AND bucket IS NULL AND model IN ('mtmd', 'constant', 'constant_median')
+        WHERE ds BETWEEN ? AND ? AND bucket IS NULL
+            AND (model IN ('constant', 'constant_median') OR model = 'mtmd' AND list_contains(?, seed))
         GROUP BY ALL""",
         [first, last, seeds],
     ).fetchall()
@@ -300,9 +325,15 @@ def _beside_slice_towers(counts: Mapping[str, tuple[int, int]]) -> str:
     these."""
     if not {"mtmd", "slice_towers"} <= counts.keys():
         return ""
-    shares = [f"{own / theirs:.2g}" for own, theirs in zip(counts["mtmd"], counts["slice_towers"], strict=True)]
+    (tables, others), (their_tables, their_others) = counts["mtmd"], counts["slice_towers"]
+    ratio = f"{others / their_others:.2g} times"
+    # a platform without categorical features has no tables
+    if their_tables:
+        shares = f"{tables / their_tables:.2g} times the embedding parameters of all slice towers together, and {ratio} their others"
+    else:
+        shares = f"{ratio} the parameters of all slice towers together"
     return f"""
-MTMD has {shares[0]} times the embedding parameters of all slice towers together, and {shares[1]} times their others; the
+MTMD has {shares}; the
 paper's has about as many embedding parameters as the models that it replaced, and fewer others."""
 
 
@@ -356,7 +387,7 @@ def _ablations(con: "DuckDBPyConnection", site: Site) -> list[str]:
             cells = [r for r in _rows(con, CELLS, model=model) if r["rows"] >= MIN_ROWS]
             mean = found[None]
             days = (mean["eval_end"] - mean["eval_start"]).days + 1
-            counts = [len(cells), *_verdicts(cells), days, mean["seeds"]]
+            counts = [len(cells), *_verdicts(cells, mean["seeds"]), days, mean["seeds"]]
             of_days = [model, mean["eval_start"], mean["eval_end"]]
             query = "SELECT list(model_version) FROM experiment_models WHERE model = ? AND ds BETWEEN ? AND ?"
             [(versions,)] = con.execute(query, of_days).fetchall()
@@ -419,13 +450,18 @@ def _calibration(con: "DuckDBPyConnection", first: date, last: date) -> str:
     inside = {m: sum(0.95 <= of[cell]["calibration"] <= 1.05 for cell in cells) for m, of in found.items()}
     counts = ", ".join(f"{n} of {model}" for model, n in inside.items())
     of_mtmd = [found["mtmd"][cell] for cell in cells]
-    beyond = sum(r["low"] > 1.05 or r["high"] < 0.95 for r in of_mtmd)
-    words = f"""Σp̂/Σt in the slices with at least {CALIBRATED_ROWS:,} rows. Of the {len(cells)} cells are within 0.95 to 1.05: {counts}. Intervals
+    if not cells:
+        return f"No slice has the {CALIBRATED_ROWS:,} rows with a score that Σp̂/Σt is judged from."
+    words = f"Σp̂/Σt in the slices with at least {CALIBRATED_ROWS:,} rows. Of the {len(cells)} cells are within 0.95 to 1.05: {counts}."
+    several = len(_whole_seeds(con, "mtmd", first, last)) > 1  # of one seed users alone say too little of a training
+    if several:
+        beyond = sum(r["low"] > 1.05 or r["high"] < 0.95 for r in of_mtmd)
+        words += f""" Intervals
 are 95 %, pointwise, from a bootstrap over users and seeds; of mtmd's, {beyond or "none"} lie wholly outside."""
     rows = []
     for cell in cells:
         mtmd, *others = (of[cell] for of in found.values())
-        interval = f"{mtmd['calibration']:.3f} [{mtmd['low']:.3f}, {mtmd['high']:.3f}]"
+        interval = f"{mtmd['calibration']:.3f}" + (f" [{mtmd['low']:.3f}, {mtmd['high']:.3f}]" if several else "")
         rows.append([*cell, mtmd["rows"], interval, *(f"{r['calibration']:.3f}" for r in others)])
     return f"{words}\n\n{markdown_table(['surface', 'product', 'task', 'rows', *found], rows)}"
 

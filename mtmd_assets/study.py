@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, is_mtmd
 from mtmd_assets.faults import PlatformError
@@ -27,6 +28,14 @@ def evaluation_days(site: Site) -> list[date]:
     days = [last - timedelta(n) for n in reversed(range(count))]
     if platform.end and last > platform.end:
         raise PlatformError(f"{platform.name}: experiments.last_day {last} is after the log's end, {platform.end}")
+    if last >= datetime.now(ZoneInfo(platform.time_zone)).date():
+        raise PlatformError(
+            f"{platform.name}: the last evaluation day, {last}, has not ended yet (experiments.last_day)"
+        )
+    if last < first_scored:
+        raise PlatformError(
+            f"{platform.name}: experiments.last_day {last} is before the first day that a model can score, {first_scored}"
+        )
     if days[0] < first_scored:
         raise PlatformError(
             f"{platform.name}: experiments.days is {count}, but a model can score {first_scored} to {last} only"
@@ -69,7 +78,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         seeds: how many of each model, at least; what the platform file says if None.
 
     Raises:
-        PlatformError: no model beside mtmd, fewer than one seed, or as `evaluation_days`.
+        PlatformError: no model beside mtmd, fewer than one seed, a document that is not of results, or as `evaluation_days`.
     """
     from mtmd_assets import results as writer
     from mtmd_assets.assets.experiments import compared_days, op_name
@@ -82,6 +91,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         seeds = site.platform.experiments.seeds
     if seeds < 1:
         raise PlatformError(f"--seeds must be 1 or more, got {seeds}")
+    writer.require_results(document)
     idle = [m for m in others if is_mtmd(site.platform, m)]
     if idle:
         print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
@@ -101,6 +111,9 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         writer.write_sections(document, writer.comparison(site, last))
         print(f"\n{site.platform.name}, {first} to {last}: improvement of mtmd in LogMAE\n")
         print(writer.headline(site, last, chosen))
+        without = [m for m in chosen if m not in writer.compared(site, last)]
+        if without:
+            print(f"\nwithout a result, for the reasons above: {', '.join(without)}")
         print(f"\n{document}   every cell, with intervals")
     return 0
 
@@ -112,7 +125,7 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
         tries: if any, only these changes, beside what is there of other trials too (`tuning.given`).
 
     Raises:
-        PlatformError: a model that is not searched, or as `tuning.given`.
+        PlatformError: a model that is not searched, a document that is not of results, or as `tuning.given`.
     """
     from mtmd_assets import results as writer
     from mtmd_assets import tuning
@@ -121,6 +134,7 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     unknown = [m for m in models if m not in searched]
     if unknown:
         raise PlatformError(f"--models: {unknown[0]!r} is not searched, only {', '.join(searched)}")
+    writer.require_results(document)
     evaluation_days(site)
     days = sorted(site.platform.experiments.tuning_days)
     if days:

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from mtmd_assets.contenders import CONTENDERS, Change, change_of
+from mtmd_assets.contenders import CONTENDERS, Change, change_of, own_settings
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
 from mtmd_assets.platform import Platform
-from mtmd_assets.platform_parts import Contender, OwnMTMD
 from mtmd_assets.training_pool import TrainJob, data_hashes, is_current, train_all, training_jobs
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def given(platform: Platform, model: str, tries: Sequence[str]) -> dict[str, Map
     Raises:
         PlatformError: what the platform file could not say of the model.
     """
-    kind = OwnMTMD if model == "mtmd" else Contender
+    kind = type(own_settings(platform, model))
     changes: dict[str, Mapping[str, Any]] = {START: {}}
     for text in tries:
         pairs = [pair.partition("=") for pair in text.split()]
@@ -171,7 +170,8 @@ def tune(
 
     Raises:
         PlatformError: as `given`.
-        Withheld: the platform file has no tuning days, or a day of a window is not published.
+        Withheld: the platform file has no tuning days, a day of a window is not published, or a tuning day has no cell that
+            is large enough.
     """
     import polars as pl
 
@@ -180,6 +180,8 @@ def tune(
     if not days:
         raise Withheld(f"{platform.name}: the platform file names no experiments.tuning_days")
 
+    for day in days:
+        _require_cells(site, day)
     *others, last = sorted(days)
     changes = {model: given(platform, model, tries) if tries else singles(platform, model) for model in models}
     rows: list[dict[str, Any]] = []
@@ -211,6 +213,20 @@ def tune(
     again = [(day, seed) for day in (last, *others) for seed in SEEDS if (day, seed) != (last, SEEDS[0])]
     run([trial(model, name, day, seed) for day, seed in again for model, name in finalists])
     return pl.DataFrame(rows)
+
+
+def _require_cells(site: Site, day: date) -> None:
+    """Withheld where no slice x task of a tuning day has enough rows with a score to judge a trial by."""
+    scored = ", ".join(f"count(score_{task})" for task in site.platform.task_names)
+    with site.warehouse.connect() as con:
+        [(largest,)] = con.execute(
+            f"SELECT max(rows) FROM (SELECT greatest({scored}) AS rows FROM joined_examples WHERE ds = ? GROUP BY surface, product)",
+            [day],
+        ).fetchall()
+    if largest is not None and largest < JUDGED_ROWS:
+        raise Withheld(
+            f"{day}: no slice x task has the {JUDGED_ROWS} rows that trials are judged by, the largest {largest}"
+        )
 
 
 def _finalists(ranked: Sequence[str]) -> list[str]:

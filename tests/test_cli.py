@@ -185,6 +185,29 @@ def test_the_demo_of_a_right_folder_is_registered_with_it(home, tmp_path, monkey
     assert yaml.safe_load((home.root / "kuairand" / "platform.yaml").read_text())["source"]["data"] == str(folder)
 
 
+def test_a_shipped_file_that_takes_the_place_of_another_one_is_said(home, tmp_path, capsys):
+    folder = write_folder(tmp_path / "KuaiRand-Pure", [log_row(1, 1, "20220425", at=datetime(2022, 4, 25, 12))])
+    for _ in range(2):
+        cli._site(home, "kuairand", str(folder))
+        assert capsys.readouterr().out == ""
+    file = home.root / "kuairand" / "platform.yaml"
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**content, "schedule_hour": 23}))
+    cli._site(home, "kuairand", str(folder))
+    assert "the shipped platform file takes the place of the registered one" in capsys.readouterr().out
+
+
+def test_a_registered_platform_may_be_given_other_data(home, tmp_path):
+    rows = [log_row(1, 1, "20220425", at=datetime(2022, 4, 25, 12))]
+    old, new = (write_folder(tmp_path / name, rows) for name in ("old", "new"))
+    text = (SHIPPED / "kuairand.yaml").read_text().replace("name: kuairand", "name: videos")
+    (tmp_path / "videos.yaml").write_text(text)
+    home.register(str(tmp_path / "videos.yaml"), str(old))
+    assert cli._site(home, "videos", str(new)).platform.source.data == str(new)
+    with pytest.raises(PlatformError, match=r"neither a file nor a platform that is shipped or registered.*videos"):
+        home.register("audios", str(new))
+
+
 # -- the prompt ----------------------------------------------------------------------------------------------------
 
 

@@ -6,16 +6,16 @@ import pytest
 
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, is_mtmd, model_schema, train_config
 from mtmd_assets.platform import shipped_platform
-from mtmd_assets.platform_parts import Contender, OwnMTMD
+from mtmd_assets.platform_parts import Contenders, MMOESettings, PooledSettings
 from mtmd_model.config import MTMDConfig
 from mtmd_model.contenders.plain import PlainConfig
 
 
 def test_experiments_may_make_other_passes_than_the_daily_model():
     adworld = shipped_platform("adworld")
-    contender = Contender(max_epochs=7)
+    contenders = Contenders(mmoe_dcn=MMOESettings(max_epochs=7))
     for passes, expected in ((None, adworld.training.max_epochs), (5, 5)):
-        changed = {"max_epochs": passes, "contenders": {"mmoe_dcn": contender}}
+        changed = {"max_epochs": passes, "contenders": contenders}
         platform = adworld.model_copy(update={"experiments": adworld.experiments.model_copy(update=changed)})
         found = {model: train_config(platform, change_of(platform, model)).max_epochs for model in MODELS}
         assert found.pop("mmoe_dcn") == 7
@@ -25,7 +25,7 @@ def test_experiments_may_make_other_passes_than_the_daily_model():
 
 def test_a_contender_may_have_another_warm_up_and_clip():
     adworld = shipped_platform("adworld")
-    changed = {"contenders": {"mmoe_dcn": Contender(warmup_share=0.3, gradient_clip=0.4)}}
+    changed = {"contenders": Contenders(mmoe_dcn=MMOESettings(warmup_share=0.3, gradient_clip=0.4))}
     platform = adworld.model_copy(
         update={
             "training": adworld.training.model_copy(update={"warmup_share": 0.2, "gradient_clip": 0.5}),
@@ -41,8 +41,8 @@ def test_a_contender_may_have_another_warm_up_and_clip():
 def test_experiments_may_have_a_larger_mtmd_than_the_daily_model():
     adworld = shipped_platform("adworld")
     training = adworld.training.model_copy(update={"preset": "small", "deviation": 0.1})
-    own = OwnMTMD(preset="half", learning_rate=0.007, max_epochs=9, deviation=0.4)
-    larger = adworld.experiments.model_copy(update={"max_epochs": 5, "mtmd": own, "contenders": {}})
+    own = PooledSettings(preset="half", learning_rate=0.007, max_epochs=9, deviation=0.4)
+    larger = adworld.experiments.model_copy(update={"max_epochs": 5, "mtmd": own, "contenders": Contenders()})
     platform = adworld.model_copy(update={"training": training, "experiments": larger})
 
     daily, here, without, pooled = (
@@ -65,6 +65,10 @@ def test_an_ablation_changes_one_thing_that_it_is_named_after(name):
     binned = [f.model_copy(update={"bins": 8, "width": 4}) if f.kind == "dense" else f for f in adworld.features]
     platform = adworld.model_copy(update={"training": training, "features": binned})
     assert not is_mtmd(platform, name)
+    one_domain = platform.model_copy(update={"surfaces": platform.surfaces[:1], "products": platform.products[:1]})
+    assert is_mtmd(one_domain, name) == (name in ("no_domain_norm", "one_model_a_product"))
+    alike = [task.model_copy(update={"given": None, "width": 48}) for task in platform.tasks]
+    assert is_mtmd(platform.model_copy(update={"tasks": alike}), name) == (name in ("unconstrained", "width_48"))
     bare = adworld.training.model_copy(update={"main_effects": False, "averaged_passes": 0.0})
     nothing_taken = name in ("no_main_effects", "last_step", "no_bins")
     assert is_mtmd(adworld.model_copy(update={"training": bare}), name) == nothing_taken

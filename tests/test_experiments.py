@@ -387,8 +387,14 @@ def test_the_platform_file_can_name_the_last_evaluation_day(studied):
 
     assert study.evaluation_days(studied.site) == list(DAYS)
     assert ending(date(2026, 2, 3)) == [date(2026, 2, 2), date(2026, 2, 3)]
-    with pytest.raises(PlatformError, match="can score"):
+    with pytest.raises(
+        PlatformError, match=r"experiments\.days is 2, but a model can score 2026-01-04 to 2026-01-04 only"
+    ):
         ending(DAYS[0])
+    with pytest.raises(PlatformError, match="2026-01-03 is before the first day that a model can score, 2026-01-04"):
+        ending(date(2026, 1, 3))
+    with pytest.raises(PlatformError, match="2190-01-01, has not ended yet"):
+        ending(date(2190, 1, 1))
     with pytest.raises(PlatformError, match="2026-02-03 is after the log's end, 2026-02-02"):
         ending(date(2026, 2, 3), date(2026, 2, 2))
 

@@ -165,6 +165,12 @@ MISTAKES = [
     ({"surfaces": ["feed", "se arch"]}, "surfaces.1", "se arch"),
     ({"out_of_scope": {"surfaces": ["feed"]}}, "out_of_scope.surfaces", "feed"),
     ({"out_of_scope": {"products": ["a", "a"]}}, "out_of_scope.products.1", "a"),
+    (
+        {"surfaces": ["feed", "search", "pins"], "tasks": [{"name": "ctr", "surfaces": ["feed", "pins"]}]},
+        "surfaces",
+        "search",
+    ),
+    ({"tasks": [{"name": "ctr", "products": ["shopping"]}]}, "products", "standard"),
     # days
     ({"time_zone": "Mars/Olympus"}, "time_zone", "Mars/Olympus"),
     ({"start": "yesterday"}, "start", "yesterday"),
@@ -195,6 +201,13 @@ MISTAKES = [
     (parquet(columns={"user_id": "id", "item_id": "id"}), "source.columns", "id"),
     (parquet(columns={"item_id": "user_id"}), "source.columns.item_id", "user_id"),
     (parquet(columns={"price": "age"}), "source.columns.price", "age"),
+    # experiments
+    ({"experiments": {"tuning_days": ["2026-01-03", "2026-01-03"]}}, "experiments.tuning_days.1", "2026-01-03"),
+    ({"experiments": {"tuning_days": ["2025-12-31"]}}, "experiments.tuning_days.0", "2025-12-31"),
+    ({"experiments": {"days": 2, "ablation_days": 3}}, "experiments.ablation_days", "3"),
+    ({"experiments": {"contenders": {"pooled_towers": {"experts": 4}}}}, "experiments.contenders", "4"),
+    ({"experiments": {"contenders": {"slice_towers": {"deviation": 0.1}}}}, "experiments.contenders", "0.1"),
+    ({"experiments": {"contenders": {"lists": {}}}}, "experiments.contenders.lists", "{}"),
     # numbers
     ({"join": {"sample_rate": 1.5}}, "join.sample_rate", "1.5"),
     ({"join": {"lateness_hours": INF}}, "join.lateness_hours", "inf"),

@@ -5,10 +5,12 @@ import shutil
 from datetime import timedelta
 
 import numpy as np
+import pytest
 
 from checks import routing
 from mtmd_assets import model_store, results
 from mtmd_assets.contenders import CONTENDERS
+from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Home
 from tests.studied import DAYS
 from tests.worlds import Runner, query, show_failure
@@ -39,7 +41,7 @@ def test_the_document_says_what_the_tables_say(studied):
     assert "Constrained modelling, by task and by slice:" in text
     assert "How unlike the domains are in the 18 dense features" in text
     mtmd, contender = (model_store.code_version(architecture) for architecture in ("mtmd", "mmoe_dcn"))
-    assert text.count(f"code `{mtmd}`, of the contenders `{contender}`.") == text.count(f"code `{mtmd}`.") == 1
+    assert text.count(f"code `{mtmd}`, of the others `{contender}`.") == text.count(f"code `{mtmd}`.") == 1
 
 
 def test_an_ablation_has_an_interval_in_each_bucket_and_its_cells_by_slice(studied):
@@ -207,6 +209,9 @@ def test_parameters_and_weights_are_those_trained_with(studied):
     assert f"MTMD has {embedding:.2g} times the embedding parameters" in text
     assert f"and {dense:.2g} times their others" in text
     assert results._beside_slice_towers({"mtmd": (1, 1)}) == ""
+    assert "MTMD has 0.5 times the parameters of all" in results._beside_slice_towers(
+        {"mtmd": (0, 1), "slice_towers": (0, 2)}
+    ), "without tables"
 
 
 def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_cells(studied):
@@ -246,6 +251,47 @@ def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(st
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
     for (*cell, rows, calibration), line in zip(cells, lines, strict=True):
         assert line.startswith(f"| {' | '.join(cell)} | {rows:,} | {calibration:.3f} [")
+
+
+def test_where_no_slice_is_large_or_there_is_one_seed_no_interval_is_shown(studied, monkeypatch):
+    with results._result(studied.site, DAYS[1]) as con:
+        monkeypatch.setattr(results, "CALIBRATED_ROWS", 100_000)
+        assert results._calibration(con, DAYS[0], DAYS[-1]).startswith("No slice has the 100,000 rows")
+        monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
+        monkeypatch.setattr(results, "_whole_seeds", lambda *_: [0])
+        text = results._calibration(con, DAYS[0], DAYS[-1])
+        con.execute(
+            "CREATE TEMP TABLE few AS SELECT * REPLACE (1 AS seeds) FROM result WHERE surface IS NULL AND task IS NULL"
+        )
+        con.execute("CREATE OR REPLACE TEMP VIEW result AS FROM few")
+        assert results._tasks(con, studied.site) == []
+        headline = results._headline(con, ["pooled_towers"])
+    assert "Intervals" not in text
+    assert "[" not in text
+    assert re.search(r"\| pooled_towers \| 1 \| [+-]\d+\.\d% \(one seed\) \| 0 \| 0 \|  \|  \|", headline)
+
+
+def test_constants_are_shown_whatever_seed_they_were_published_beside(studied):
+    with results._result(studied.site, DAYS[1]) as con:
+        text = results._cells(con, studied.site, *DAYS, [1])
+    line = next(line for line in text.splitlines() if line.startswith("| search | standard | ctr |"))
+    assert all(re.fullmatch(r"\d\.\d{4}", value) for value in line.split(" | ")[4:7]), line
+
+
+@pytest.mark.parametrize(
+    ("content", "written"), [("", True), ("# Results\n", True), ("# My notes\n", False), (None, True)]
+)
+def test_results_are_not_written_over_something_else(tmp_path, content, written):
+    document = tmp_path / "document.md"
+    if content is not None:
+        document.write_text(content)
+    if written:
+        results.require_results(document)
+    else:
+        with pytest.raises(PlatformError, match="something else is there"):
+            results.require_results(document)
+    with pytest.raises(PlatformError, match="something else is there"):
+        results.require_results(tmp_path)
 
 
 def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_path):

@@ -195,6 +195,34 @@ def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):
         tuning.tune(site, ["mtmd"], 1, print)
 
 
+def test_a_tuning_day_without_a_large_cell_is_said_before_anything_is_trained(searched, monkeypatch):
+    study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+    [(largest,)] = query(
+        searched,
+        "SELECT max(n) FROM (SELECT count(*) AS n FROM joined_examples WHERE ds = ? GROUP BY surface, product)",
+        date(2026, 1, 2),
+    )
+    monkeypatch.setattr(tuning, "train_all", lambda *_: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(tuning, "JUDGED_ROWS", largest + 1)
+    with pytest.raises(
+        Withheld, match=f"2026-01-02: no slice x task has the {largest + 1} rows .* the largest {largest}"
+    ):
+        tuning.tune(searched.site, ["mtmd"], 1, print)
+
+
+def test_a_setting_of_another_model_is_refused():
+    for model, text in (
+        ("pooled_towers", "experts=4"),
+        ("slice_towers", "deviation=0.3"),
+        ("mmoe_dcn", "deviation=0.3"),
+    ):
+        with pytest.raises(PlatformError, match=f"{text.split('=')[0]}: Extra inputs"):
+            tuning.given(shipped_platform("adworld"), model, [text])
+    assert tuning.given(shipped_platform("adworld"), "soft_slice_towers", ["deviation=0.3"])["deviation=0.3"] == {
+        "deviation": 0.3
+    }
+
+
 def test_a_model_that_is_not_searched_is_refused(searched):
     with pytest.raises(PlatformError, match="'no_cross' is not searched, only mtmd, slice_towers"):
         study.tune(searched.site, ["mtmd", "no_cross"], searched.document, searched.run_step, quiet)
