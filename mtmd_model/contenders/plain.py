@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtmd_model.batch import Batch, DomainGroups, TowerInput
-from mtmd_model.config import divided, preset_divisor
+from mtmd_model.config import TwoTowerConfig, divided, preset_divisor
 from mtmd_model.domain_norm import DomainNorm
 from mtmd_model.embeddings import FeatureEmbeddings
 from mtmd_model.ffn import FFN, short_projection
@@ -30,8 +30,9 @@ EVERY = "every domain"
 
 
 @dataclass(frozen=True)
-class PlainConfig:
-    """Sizes of a plain two-tower; the defaults are the paper's widths of a deep expert.
+class PlainConfig(TwoTowerConfig):
+    """Sizes of a plain two-tower; the defaults are the paper's widths of a deep expert. A stored vector is as wide as MTMD's,
+    emb_deep ∥ emb_shallow.
 
     Raises:
         ValueError: a value that no model can have.
@@ -39,34 +40,11 @@ class PlainConfig:
 
     widths: tuple[int, ...] = (512, 256, 128, 128)
     """Of the tower's layers."""
-    width_divisor: int = 1
-    """Every stored vector is as wide as MTMD's, emb_deep ∥ emb_shallow, divided by this."""
-    constrained: bool = True
-    """As in `MTMDConfig`."""
-    norm_clip: float = 5.0
-    """As in `MTMDConfig`."""
-    norm_horizon: int = 1_000_000
-    """As in `MTMDConfig`."""
-    embedding_std: float = 0.05
-    """As in `MTMDConfig`."""
-    dropout: float = 0.0
-    """As in `MTMDConfig`."""
-    main_effects: bool = False
-    """As in `MTMDConfig`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths must hold at least one width of 1 or more, got {self.widths!r}")
-        for name in ("width_divisor", "norm_horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.norm_clip <= 0 or self.embedding_std < 0:
-            raise ValueError(
-                "norm_clip must be above 0 and embedding_std not below, "
-                f"got {self.norm_clip!r} and {self.embedding_std!r}"
-            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -77,12 +55,6 @@ class PlainConfig:
         """
         divisor = preset_divisor(name)
         return replace(cls(widths=divided(cls().widths, divisor), width_divisor=divisor), **changes)
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`, also after a trip through JSON."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-        return cls(**values)
 
     def vector_widths(self, schema: Schema) -> dict[str, int]:
         """Task -> columns of its vector at the tower's last layer."""
