@@ -4,7 +4,8 @@ python -m benchmarks.calibration_study --worlds 10
 
 Each world is adworld with a seed of its own. MTMD, as experiments train it, learns from days 1 to 6 and stops on day 7;
 judged are days 8 to 10 by ln(sum of predictions / sum of scores) of every slice and task, after the odds of the mean
-prediction are divided by the constant that a way of calibrating takes from day 7. Trained models stay in the folder, and a second run takes them up.
+prediction are divided by the constant that a way of calibrating takes from day 7. Trained models stay in the folder, and a
+second run takes them up.
 """
 
 from collections.abc import Mapping
@@ -79,7 +80,7 @@ def sums(site: Site, job: TrainJob, days: list[date]) -> pl.DataFrame:
                     pl.lit(task).alias("task"), pl.Series("p", p, dtype=pl.Float64), pl.col("t").cast(pl.Float64)
                 )
             )
-    scale = pl.col("t").sum() / pl.col("p").sum()
+    of_p, of_t = ((pl.col(c) - pl.col(c).mean()) / (pl.col(c).mean() * (1 - pl.col(c).mean())) for c in ("p", "t"))
     return (
         pl.concat(frames)
         .filter(pl.col("t").is_not_null() & pl.col("p").is_not_nan())
@@ -88,10 +89,7 @@ def sums(site: Site, job: TrainJob, days: list[date]) -> pl.DataFrame:
             rows=pl.len(),
             predicted=pl.col("p").mean(),
             scored=pl.col("t").mean(),
-            variance=((pl.col("p") * scale - pl.col("t")) ** 2).sum()
-            / (pl.col("t").sum() * (1 - pl.col("t").mean())) ** 2
-            * pl.len()
-            / (pl.len() - 1),
+            variance=((of_p - of_t) ** 2).mean() / (pl.len() - 1),
         )
         .sort("task", "surface", "product")
     )

@@ -186,12 +186,20 @@ def _site(home: Home, name: str, data: str | None) -> Site:
         return site
     platform, _ = home.read(name, data)
     _require_folder(platform)
-    if home.registered(name) and home.differs_from_shipped(home.site(name).platform):
+    if home.registered(name) and _says_something_else(home, name):
         print(
             f"{name}: the shipped platform file takes the place of the registered one, which says something else",
             flush=True,
         )
     return home.register(name, data)
+
+
+def _says_something_else(home: Home, name: str) -> bool:
+    """Whether a registered file is not the shipped one, its source apart, or is refused today."""
+    try:
+        return home.differs_from_shipped(home.site(name).platform)
+    except PlatformError:
+        return True
 
 
 def _require_folder(platform: Platform) -> None:

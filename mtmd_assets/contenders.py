@@ -108,7 +108,7 @@ NOTHING_TAKEN: Mapping[str, Callable[[Platform], bool]] = {
         for width in (64, 48, 32)
     },
 }
-"""Ablations of what some platforms do not have."""
+"""Ablations of what some platforms do not have: there `unconstrained` changes widths at most, which `width_*` do."""
 
 
 def is_mtmd(platform: Platform, model: str) -> bool:

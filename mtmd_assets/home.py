@@ -120,7 +120,9 @@ class Home:
         Raises:
             PlatformError: if the file is refused.
         """
-        places = (SHIPPED / f"{file_or_name}.yaml", Path(file_or_name), self.root / file_or_name / "platform.yaml")
+        places = [SHIPPED / f"{file_or_name}.yaml", Path(file_or_name)]
+        if file_or_name in self.names():
+            places.append(self.root / file_or_name / "platform.yaml")
         file = next((f for f in places if f.is_file()), None)
         if file is None:
             known = ", ".join(sorted({p.stem for p in SHIPPED.glob("*.yaml")} | self.names()))

@@ -53,20 +53,29 @@ def require_results(path: Path) -> None:
     Raises:
         PlatformError: the document is a folder, or holds what `write_sections` has not written.
     """
-    if path.is_dir() or (path.exists() and path.read_text().strip() and not path.read_text().startswith(TITLE)):
-        raise PlatformError(
-            f"--document {path}: something else is there; results go into a file that begins with {TITLE!r}"
-        )
+    if not path.exists():
+        return
+    try:
+        first, *rest = path.read_text().strip().split("\n") if path.is_file() else ["a folder"]
+    except UnicodeDecodeError:
+        first, rest = "no text", []
+    if first and (first != TITLE or (rest and not _sections("\n".join(rest)))):
+        raise PlatformError(f"--document {path}: something else is there, which would be lost: {first[:60]!r}")
 
 
 def write_sections(path: Path, found: Mapping[str, str]) -> None:
     """Put sections, by their names, in their places in the document."""
-    old = path.read_text() if path.exists() else HEAD
-    kept = {m[1]: m[0] for m in re.finditer(r"<!-- ([\w ]+) -->\n.*?<!-- end of \1 -->\n", old, re.DOTALL)}
+    kept = _sections(path.read_text() if path.exists() else HEAD)
     for name, text in found.items():
         kept[name] = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([HEAD, *(kept[n] for n in sorted(kept))]))
+
+
+def _sections(text: str) -> dict[str, str]:
+    """Name -> a document's section, with the marks around it."""
+    marked = re.finditer(r"<!-- ([\w ]+) -->\n.*?<!-- end of \1 -->\n?", text, re.DOTALL)
+    return {m[1]: m[0] for m in marked}
 
 
 def comparison(site: Site, last: date) -> dict[str, str]:

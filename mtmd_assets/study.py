@@ -28,10 +28,6 @@ def evaluation_days(site: Site) -> list[date]:
     days = [last - timedelta(n) for n in reversed(range(count))]
     if platform.end and last > platform.end:
         raise PlatformError(f"{platform.name}: experiments.last_day {last} is after the log's end, {platform.end}")
-    if last >= datetime.now(ZoneInfo(platform.time_zone)).date():
-        raise PlatformError(
-            f"{platform.name}: the last evaluation day, {last}, has not ended yet (experiments.last_day)"
-        )
     if last < first_scored:
         raise PlatformError(
             f"{platform.name}: experiments.last_day {last} is before the first day that a model can score, {first_scored}"
@@ -78,7 +74,8 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         seeds: how many of each model, at least; what the platform file says if None.
 
     Raises:
-        PlatformError: no model beside mtmd, fewer than one seed, a document that is not of results, or as `evaluation_days`.
+        PlatformError: no model beside mtmd, fewer than one seed, a document that is not of results, an evaluation day that
+            has not ended, or as `evaluation_days`.
     """
     from mtmd_assets import results as writer
     from mtmd_assets.assets.experiments import compared_days, op_name
@@ -92,6 +89,8 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     if seeds < 1:
         raise PlatformError(f"--seeds must be 1 or more, got {seeds}")
     writer.require_results(document)
+    if days[-1] >= datetime.now(ZoneInfo(site.platform.time_zone)).date():
+        raise PlatformError(f"{site.platform.name}: the last evaluation day, {days[-1]}, has not ended yet")
     idle = [m for m in others if is_mtmd(site.platform, m)]
     if idle:
         print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
@@ -111,7 +110,8 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         writer.write_sections(document, writer.comparison(site, last))
         print(f"\n{site.platform.name}, {first} to {last}: improvement of mtmd in LogMAE\n")
         print(writer.headline(site, last, chosen))
-        without = [m for m in chosen if m not in writer.compared(site, last)]
+        found = writer.compared(site, last)
+        without = [m for m in chosen if m not in found]
         if without:
             print(f"\nwithout a result, for the reasons above: {', '.join(without)}")
         print(f"\n{document}   every cell, with intervals")

@@ -119,7 +119,7 @@ def tables(platform: "Platform") -> dict[str, Columns]:
         # The view `slice_metrics` is both.
         "daily_slice_metrics": metrics,
         "experiment_slice_metrics": metrics,
-        # `scored_data` is the hash of the evaluation day's examples.
+        # `scored_data` is a hash of the rows of the evaluation day.
         "experiment_models": {**models, "scored_data": "VARCHAR"},
         "experiment_predictions": predictions,
         "experiment_routing_metrics": {"seed": "INTEGER", **routing},

@@ -4,11 +4,12 @@ A trained model's sum of predictions is off by several per cent on days that it 
 and more in a small slice, which it knows by heart; how much differs from run to run. The days that decided when to stop
 show it, but the sums of one slice on one day stray by themselves. Therefore a random-effects model, as in a meta-analysis
 (DerSimonian and Laird, 1986): the logarithms of a task's odds ratios, one a slice, lie around the task's own, stray from
-day to day, and are observed with the variance of their rows. The odds are those of the mean prediction to the mean score:
-where a task is rare their ratio is that of the sums, and where it is likely too a level that is off by so many logits is
-off by as much as anywhere; the ratio of sums, which cannot be far from one there, would hide it. What is taken off is what a slice's is then expected to be on
+day to day, and are observed with the variance of their rows. What is taken off is what a slice's is then expected to be on
 another day: of a large slice half way between its own and its task's or nearer to its own, of a small one nearly its task's
 (docs/experiments.md says what else was tried).
+
+An odds ratio is that of the mean prediction to the mean score. Where a task is rare it is the ratio of their sums. Where one
+is likely that ratio is near 1 whatever is off, while the odds are off by as many logits as anywhere else.
 
 Shapes: B rows, T tasks, Z slices (S surfaces x P products).
 """
@@ -44,7 +45,7 @@ def calibrate(model: TwoTower, batches: Callable[[], Iterable[Batch]]) -> Tensor
 
     Returns:
         (T,) the sum of the predictions over that of the scores as it was before; not a finite number where no score is
-        above zero: such a task stays as it is.
+        above zero. Such a task stays as it is, and so does one whose scores are all one.
     """
     sums = _Sums.of(model, batches())
     before_T = sums.predicted_ZT.sum(0) / sums.scored_ZT.sum(0)
@@ -95,10 +96,9 @@ class _Sums:
     predicted_ZT: Tensor
     """Of P(task | impression)."""
     scored_ZT: Tensor
-    weights_2ZT: Tensor
-    """Of weights, and of their squares."""
-    squares_3ZT: Tensor
-    """Of squares of predictions, of predictions times scores, of squares of scores; each by the square of the weight."""
+    weight_ZT: Tensor
+    moments_ZT33: Tensor
+    """Of the products of two of 1, prediction and score, by the square of the weight."""
     slope_ZTT: Tensor
     """d predicted[t] / d constant[a]."""
 
@@ -109,8 +109,8 @@ class _Sums:
         chain_TT = chains(model.schema.tasks, model.constrained).to(model.bias.logits_TSP.device)
         predicted_ZT = chain_TT.new_zeros(surfaces * products, tasks)
         scored_ZT = torch.zeros_like(predicted_ZT)
-        weights_2ZT = predicted_ZT.new_zeros(2, *predicted_ZT.shape)
-        squares_3ZT = predicted_ZT.new_zeros(3, *predicted_ZT.shape)
+        weight_ZT = torch.zeros_like(predicted_ZT)
+        moments_ZT33 = predicted_ZT.new_zeros(*predicted_ZT.shape, 3, 3)
         slope_ZTT = predicted_ZT.new_zeros(*predicted_ZT.shape, tasks)
         for batch in batches:
             z_BT = dot_products(*model.embed(batch)).double()
@@ -121,33 +121,38 @@ class _Sums:
             wp_BT, ws_BT = weight_BT * p_BT, weight_BT * batch.labels.double().nan_to_num()
             predicted_ZT += slice_BZ.T @ wp_BT
             scored_ZT += slice_BZ.T @ ws_BT
-            weights_2ZT += slice_BZ.T @ torch.stack([weight_BT, weight_BT**2])
-            squares_3ZT += slice_BZ.T @ torch.stack([wp_BT**2, wp_BT * ws_BT, ws_BT**2])
+            weight_ZT += slice_BZ.T @ weight_BT
+            weighted_BT3 = torch.stack([weight_BT, wp_BT, ws_BT], dim=-1)
+            moments_ZT33 += torch.einsum("bz,bti,btj->ztij", slice_BZ, weighted_BT3, weighted_BT3)
             slope_ZTT += torch.einsum("bz,bt,ba->zta", slice_BZ, wp_BT, torch.sigmoid(-z_BT))
-        return cls(predicted_ZT, scored_ZT, weights_2ZT, squares_3ZT, slope_ZTT * chain_TT)
+        return cls(predicted_ZT, scored_ZT, weight_ZT, moments_ZT33, slope_ZTT * chain_TT)
+
+    @property
+    def means_2ZT(self) -> Tensor:
+        """(2, Z, T) mean prediction and mean score."""
+        return torch.stack([self.predicted_ZT, self.scored_ZT]) / self.weight_ZT
 
     @property
     def log_odds_ratio_ZT(self) -> Tensor:
-        """(Z, T) ln(odds of the mean prediction / odds of the mean score); NaN where one of them has none."""
-        total_ZT = self.weights_2ZT[0]
-        log_ZT = (self.predicted_ZT / total_ZT).logit() - (self.scored_ZT / total_ZT).logit()
-        return torch.where(log_ZT.isfinite(), log_ZT, torch.nan)
+        """(Z, T) ln(odds of the mean prediction / odds of the mean score); NaN without rows, and where all scores are zero
+        or all are one."""
+        predicted_ZT, scored_ZT = self.means_2ZT.logit()
+        off_ZT = predicted_ZT - scored_ZT
+        return torch.where(off_ZT.isfinite(), off_ZT, torch.nan)
 
     @property
     def variance_ZT(self) -> Tensor:
-        """(Z, T) of `log_odds_ratio_ZT`, if rows are independent: sum of (scaled prediction - score)^2 / (scored x (1 - mean
-        score))^2, times n / (n - 1) for n rows of equal weight, as the scale is from the same rows; infinite for one row."""
-        scale_ZT = self.scored_ZT / self.predicted_ZT
-        predicted_ZT, both_ZT, scored_ZT = self.squares_3ZT
-        squares_ZT = (scale_ZT**2 * predicted_ZT - 2 * scale_ZT * both_ZT + scored_ZT).clamp_min(0)
-        rows_ZT = self.weights_2ZT[0] ** 2 / self.weights_2ZT[1]
+        """(Z, T) of `log_odds_ratio_ZT`, if rows are independent, by the delta method: mean of the squares of
+        (p - mean p) / (mean p (1 - mean p)) less the same of scores, over n - 1 for n rows of equal weight; infinite for
+        one row."""
+        means_2ZT = self.means_2ZT
+        by_p_ZT, by_t_ZT = slope_2ZT = 1 / (means_2ZT * (1 - means_2ZT))
+        mean_p_ZT, mean_t_ZT = slope_2ZT * means_2ZT
+        linear_ZT3 = torch.stack([mean_t_ZT - mean_p_ZT, by_p_ZT, -by_t_ZT], dim=-1)
+        squares_ZT = torch.einsum("zti,ztij,ztj->zt", linear_ZT3, self.moments_ZT33, linear_ZT3).clamp_min(0)
+        rows_ZT = self.weight_ZT**2 / self.moments_ZT33[:, :, 0, 0]
         alone = rows_ZT < 1 + 1e-9
-        slope_ZT = self.scored_ZT * self._unlikely_ZT(self.scored_ZT)
-        return torch.where(alone, torch.inf, squares_ZT / slope_ZT**2 * rows_ZT / (rows_ZT - 1))
-
-    def _unlikely_ZT(self, sum_ZT: Tensor) -> Tensor:
-        """(Z, T) one less the mean: by so much a logarithm of a probability is shorter than that of its odds."""
-        return 1 - sum_ZT / self.weights_2ZT[0]
+        return torch.where(alone, torch.inf, squares_ZT / self.weight_ZT**2 * rows_ZT / (rows_ZT - 1))
 
     def step_ZT(self, goal_ZT: Tensor) -> tuple[Tensor, bool]:
         """(Z, T) Newton's step towards these logarithms of the odds ratios, which are nearly straight lines, at most 1
@@ -156,7 +161,7 @@ class _Sums:
         off_ZT = self.log_odds_ratio_ZT
         known_ZT = ~off_ZT.isnan()
         wanted_ZT = torch.where(known_ZT, goal_ZT - off_ZT, 0)
-        straight_ZTT = self.slope_ZTT / (self.predicted_ZT * self._unlikely_ZT(self.predicted_ZT))[:, :, None]
+        straight_ZTT = self.slope_ZTT / (self.predicted_ZT * (1 - self.means_2ZT[0]))[:, :, None]
         alone_TT = torch.eye(known_ZT.shape[1]).to(straight_ZTT)
         straight_ZTT = torch.where(known_ZT[:, :, None], straight_ZTT, alone_TT)
         step_ZT = torch.linalg.solve(straight_ZTT, wanted_ZT).clamp(-1, 1)

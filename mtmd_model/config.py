@@ -33,7 +33,7 @@ class TwoTowerConfig:
     embedding_std: float = 0.05
     """Standard deviation of a new embedding table."""
     dropout: float = 0.0
-    """Dropped share of each layer's output in training; the paper has none."""
+    """Dropped share of the output of an expert's layers, or of a plain tower's, in training; the paper has none."""
     main_effects: bool = False
     """A vector's first column is its main effect, the others are centred (`main_effects`); the paper has none."""
 

@@ -195,6 +195,9 @@ def test_a_shipped_file_that_takes_the_place_of_another_one_is_said(home, tmp_pa
     file.write_text(yaml.safe_dump({**content, "schedule_hour": 23}))
     cli._site(home, "kuairand", str(folder))
     assert "the shipped platform file takes the place of the registered one" in capsys.readouterr().out
+    file.write_text(yaml.safe_dump({**content, "schedule_hour": "noon"}))
+    cli._site(home, "kuairand", str(folder))
+    assert "takes the place of" in capsys.readouterr().out, "of one that is refused, too"
 
 
 def test_a_registered_platform_may_be_given_other_data(home, tmp_path):
@@ -206,6 +209,8 @@ def test_a_registered_platform_may_be_given_other_data(home, tmp_path):
     assert cli._site(home, "videos", str(new)).platform.source.data == str(new)
     with pytest.raises(PlatformError, match=r"neither a file nor a platform that is shipped or registered.*videos"):
         home.register("audios", str(new))
+    with pytest.raises(PlatformError, match="neither a file nor"):
+        home.register(str(home.root / "videos"))
 
 
 # -- the prompt ----------------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from mtmd_assets import cli, contenders, model_store, study
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, Withheld
+from mtmd_assets.join import create_evaluated
 from mtmd_assets.training_pool import TrainJob, train_all
 from tests.studied import DAYS, OF_DAY, TRAINED, quiet
 from tests.worlds import query, show_failure
@@ -145,6 +147,7 @@ def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
 
     def kept():
         with studied.site.warehouse.connect() as con:
+            create_evaluated(con, studied.site.platform, studied.site.warehouse, DAYS[1])
             return experiments._kept(con, studied.site, DAYS[1], again, said.append)
 
     others = "SELECT DISTINCT model_version FROM experiment_models WHERE ds = ? AND (model != 'mtmd' OR seed != 0)"
@@ -152,7 +155,7 @@ def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
     assert not said
     monkeypatch.setitem(contenders.ABLATIONS, "no_routing", Change(model={"routing": False, "cross_layers": 1}))
     assert not [version for version in kept() if "no_routing" in version]
-    assert "2 published models of other code, data or settings" in said[0]
+    assert "2 published models of other code, settings or data" in said[0]
     monkeypatch.setattr(model_store, "code_version", lambda architecture: "another")
     assert kept() == []
 
@@ -323,27 +326,67 @@ def test_models_that_today_would_be_trained_otherwise_are_not_compared(studied):
     from mtmd_assets.assets import experiments
 
     said: list[str] = []
-    with pytest.raises(Withheld, match="by today's code, data and settings"):
+    with pytest.raises(Withheld, match="by today's code, settings and data"):
         experiments.compare(of_other_settings(studied.site), DAYS[1], "other", said.append)
     assert any(line.startswith("slice_towers is left out") for line in said), "its own trainings are what they were"
 
 
-def test_models_that_were_scored_on_other_rows_are_not_compared(studied, monkeypatch):
+def test_models_that_were_scored_on_other_rows_are_not_compared(studied, tmp_path):
     from mtmd_assets.assets import experiments
 
-    site = studied.site
-    monkeypatch.setattr(experiments, "_scored_data", lambda site, day: "corrected" if day == DAYS[0] else "")
-    with site.warehouse.connect() as con:
-        assert experiments.current_models(con, site, DAYS[0]) == []
-    monkeypatch.undo()
-    with site.warehouse.connect() as con:
-        found = experiments.current_models(con, site, DAYS[0])
+    folder = tmp_path / "home"
+    shutil.copytree(studied.site.folder.parent, folder)
+    site = type(studied.site)(studied.site.platform, folder / "adworld")
+    found, before = experiments._scored(site, DAYS[0])
     assert {(t.model, t.seed) for t in found} == {(m, seed) for m in OF_DAY[DAYS[0]] for seed in (0, 1)}
+    file = site.warehouse.path("joined_examples", DAYS[0])
+    rows = pl.read_parquet(file)
+    rows.sort("impression_id", descending=True).write_parquet(file)
+    assert experiments._scored(site, DAYS[0])[1] == before, "their order makes no difference"
+    rows.with_columns(score_ctr=pl.when(pl.int_range(pl.len()) == 0).then(0.5).otherwise("score_ctr")).write_parquet(
+        file
+    )
+    found, after = experiments._scored(site, DAYS[0])
+    assert found == []
+    assert after != before
+
+
+def test_a_seed_that_a_model_lacks_on_one_day_does_not_enter(studied, tmp_path):
+    from mtmd_assets.assets import experiments
+
+    folder = tmp_path / "home"
+    shutil.copytree(studied.site.folder.parent, folder)
+    site = type(studied.site)(studied.site.platform, folder / "adworld")
+    file = site.warehouse.path("experiment_models", DAYS[0])
+    rows = pl.read_parquet(file)
+    rows.filter((pl.col("model") != "mmoe_dcn") | (pl.col("seed") == 0)).write_parquet(file)
+    experiments.compare(site, DAYS[1], "again", lambda line: None)
+    with site.warehouse.connect() as con:
+        seeds = dict(con.sql("SELECT contender, max(seeds) FROM improvements GROUP BY contender").fetchall())
+        query_ = """SELECT sum(n * e) / sum(n) FROM (SELECT rows AS n, logmae AS e FROM experiment_slice_metrics
+            WHERE model = ? AND seed = 0 AND bucket IS NULL AND (surface, product, task) = ('search', 'standard', 'ctr'))"""
+        [(error,)] = con.execute(query_, ["mmoe_dcn"]).fetchall()
+        [(shown,)] = con.execute(
+            """SELECT contender_logmae FROM improvements WHERE contender = 'mmoe_dcn' AND bucket IS NULL
+            AND (surface, product, task) = ('search', 'standard', 'ctr')"""
+        ).fetchall()
+    assert (seeds["mmoe_dcn"], seeds["pooled_towers"]) == (1, 2)
+    assert shown == pytest.approx(error)
 
 
 def test_mtmd_alone_has_nothing_to_be_compared_with(studied):
     with pytest.raises(PlatformError, match="name one"):
         study.results(studied.site, ["mtmd"], studied.document, studied.run_step, quiet)
+
+
+def test_days_that_have_not_ended_are_refused_to_results_and_not_to_the_search(studied):
+    experiments = studied.site.platform.experiments.model_copy(update={"last_day": date(2190, 1, 1)})
+    site = type(studied.site)(
+        studied.site.platform.model_copy(update={"experiments": experiments}), studied.site.folder
+    )
+    with pytest.raises(PlatformError, match="2190-01-01, has not ended yet"):
+        study.results(site, ["no_routing"], studied.document, studied.run_step, quiet)
+    assert study.evaluation_days(site)[-1] == date(2190, 1, 1)
 
 
 def test_an_ablation_of_what_the_platform_does_not_have_is_left_out(studied, tmp_path, capsys):
@@ -393,8 +436,6 @@ def test_the_platform_file_can_name_the_last_evaluation_day(studied):
         ending(DAYS[0])
     with pytest.raises(PlatformError, match="2026-01-03 is before the first day that a model can score, 2026-01-04"):
         ending(date(2026, 1, 3))
-    with pytest.raises(PlatformError, match="2190-01-01, has not ended yet"):
-        ending(date(2190, 1, 1))
     with pytest.raises(PlatformError, match="2026-02-03 is after the log's end, 2026-02-02"):
         ending(date(2026, 2, 3), date(2026, 2, 2))
 

@@ -278,20 +278,29 @@ def test_constants_are_shown_whatever_seed_they_were_published_beside(studied):
     assert all(re.fullmatch(r"\d\.\d{4}", value) for value in line.split(" | ")[4:7]), line
 
 
+SECTION = "<!-- a platform -->\nwords\n<!-- end of a platform -->\n"
+
+
 @pytest.mark.parametrize(
-    ("content", "written"), [("", True), ("# Results\n", True), ("# My notes\n", False), (None, True)]
+    "content",
+    [None, b"", b"# Results\n", f"# Results\n\nwords\n\n{SECTION}".encode(), results.HEAD.encode() + SECTION.encode()],
 )
-def test_results_are_not_written_over_something_else(tmp_path, content, written):
+def test_results_are_written_where_nothing_or_results_are(tmp_path, content):
     document = tmp_path / "document.md"
     if content is not None:
-        document.write_text(content)
-    if written:
-        results.require_results(document)
-    else:
+        document.write_bytes(content)
+    results.require_results(document)
+
+
+@pytest.mark.parametrize(
+    "content", [b"# My notes\n", b"# Results of the test\n\nnotes\n", b"# Results\n\nnotes\n", b"\xff\xfe"]
+)
+def test_results_are_not_written_over_something_else(tmp_path, content):
+    document = tmp_path / "document.md"
+    document.write_bytes(content)
+    for path in (document, tmp_path):
         with pytest.raises(PlatformError, match="something else is there"):
-            results.require_results(document)
-    with pytest.raises(PlatformError, match="something else is there"):
-        results.require_results(tmp_path)
+            results.require_results(path)
 
 
 def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_path):

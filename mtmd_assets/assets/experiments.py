@@ -33,7 +33,6 @@ from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
-from mtmd_assets.model_store import file_hash
 from mtmd_assets.platform import Platform
 from mtmd_assets.runs import sign
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 TABLES = {
-    "experiment_models": "One row a trained contender, ablation or seed, as in `models`.",
+    "experiment_models": "One row a trained contender, ablation or seed, as in `models`, and a hash of the rows it scored.",
     "experiment_predictions": "As `predictions`, of every model and seed.",
     "experiment_slice_metrics": "As the daily metrics, of every model, seed and constant; the view `slice_metrics` has both, of the constants the daily.",
     "experiment_routing_metrics": "Which experts the routers of each seed of mtmd use.",
@@ -56,7 +55,7 @@ class ExperimentConfig(dg.Config):
 
     models: list[str] = Field(default=["mtmd", *CONTENDERS])
     """Names in `contenders.MODELS`, beside mtmd; what is published of others, and of further seeds, stays if they would
-    be trained the same today."""
+    be trained the same today, and scored on the same rows."""
     seeds: int = 0
     """How many; 0 is what the platform file says."""
     workers: int = 0
@@ -198,7 +197,7 @@ def score_day(
             {"floor": FLOOR},
         )
         rankers, _ = window_source(con, window)
-        con.register("trained", _records(trained, window, rankers, _scored_data(site, day)))
+        con.register("trained", _records(trained, window, rankers, _scored_data(con)))
         stage.write(
             con,
             "experiment_models",
@@ -266,13 +265,19 @@ def _kept(
     kept = [c.version for c in current_models(con, site, day) if (c.model, c.seed) not in replaced]
     others = len(set(published) - replaced)
     if len(kept) < others:
-        log(f"{day}: {others - len(kept)} published models of other code, data or settings are left out")
+        log(
+            f"{day}: {others - len(kept)} published models of other code, settings or data, the day's own too, are left out"
+        )
     return kept
 
 
 def current_models(con: "DuckDBPyConnection", site: Site, day: date) -> list[Trained]:
     """The models and seeds that are published of a day and that today would be trained alike, by the same code and settings
-    on the same data, and scored on the same rows: others say nothing of these."""
+    on the same data, and scored on the same rows: others say nothing of these.
+
+    Args:
+        con: has the day's `evaluated` (`join.create_evaluated`).
+    """
     window = site.platform.window(day - timedelta(1))
     published = {
         (model, seed): (version, scored)
@@ -283,14 +288,15 @@ def current_models(con: "DuckDBPyConnection", site: Site, day: date) -> list[Tra
     }
     if not published or site.warehouse.missing("joined_examples", window[0], day):
         return []
-    scored = _scored_data(site, day)
+    scored = _scored_data(con)
     jobs = _jobs(site, window, list(published))
     return [Trained(*key, job.name, job.folder) for key, job in jobs.items() if published[key] == (job.name, scored)]
 
 
-def _scored_data(site: Site, day: date) -> str:
-    """A hash of the rows that the models of a day are scored on."""
-    return file_hash(site.warehouse.path("joined_examples", day))
+def _scored_data(con: "DuckDBPyConnection") -> str:
+    """A hash of `evaluated`, the rows that the models of a day are scored on, in any order; of one without rows None."""
+    [(found,)] = con.execute("SELECT bit_xor(md5_number(e::VARCHAR)) FROM evaluated e").fetchall()
+    return f"{found:x}" if found is not None else "none"
 
 
 def _score(con: "DuckDBPyConnection", trained: Sequence[Trained]) -> list[dict[str, Any]]:
@@ -364,7 +370,8 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
     platform, warehouse = site.platform, site.warehouse
     with warehouse.stage(run_id) as stage, warehouse.connect() as con:
         widest = compared_days(platform, "mtmd", last)
-        current = {day: current_models(con, site, day) for day in widest}
+        scored = {day: _scored(site, day) for day in widest}
+        current = {day: models for day, (models, _) in scored.items()}
         published = con.execute(
             "SELECT DISTINCT model FROM experiment_models WHERE ds BETWEEN ? AND ?", [widest[0], last]
         )
@@ -375,7 +382,7 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
             seeds = _common_seeds([current[day] for day in days], model)
             if not seeds:
                 log(
-                    f"{model} is left out: it and mtmd have no seed by today's code, data and settings on all of "
+                    f"{model} is left out: it and mtmd have no seed by today's code, settings and data on all of "
                     f"{', '.join(map(str, days))}"
                 )
                 continue
@@ -383,11 +390,14 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
             table = improvement_table(ours, theirs)
             tables.append(table.with_columns(contender=pl.lit(model), eval_start=pl.lit(days[0])))
             versions[model] = [
-                t.version for day in days for t in current[day] if t.model in ("mtmd", model) and t.seed in seeds
+                (t.version, scored[day][1])
+                for day in days
+                for t in current[day]
+                if t.model in ("mtmd", model) and t.seed in seeds
             ]
         if not tables:
             raise Withheld(
-                f"no model has experiments of {widest[0]} to {last} by today's code, data and settings: "
+                f"no model has experiments of {widest[0]} to {last} by today's code, settings and data: "
                 f"run {platform.name}_experiments"
             )
         result_id = f"{last}-{hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:10]}"
@@ -402,6 +412,15 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
         metadata: dict[str, Any] = {"result_id": result_id, "mean improvement": preview(con, query, 50)}
         stage.publish()
     return dg.MaterializeResult(metadata=metadata)
+
+
+def _scored(site: Site, day: date) -> tuple[list[Trained], str]:
+    """The current models of a day, and a hash of what they were scored on; none where it is not published."""
+    if not site.warehouse.published("joined_examples", day):
+        return [], "none"
+    with site.warehouse.connect() as con:
+        create_evaluated(con, site.platform, site.warehouse, day)
+        return current_models(con, site, day), _scored_data(con)
 
 
 def _common_seeds(days: Sequence[Sequence[Trained]], model: str) -> list[int]:

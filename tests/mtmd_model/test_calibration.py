@@ -56,11 +56,11 @@ def cells(model: MTMD, rows: Batch) -> dict[tuple[int, int, int], tuple[float, f
         if here.any():
             weight = rows.weight[here].double()
             predicted, scored = weight * p_BT[here, t], weight * rows.labels[here, t].double()
-            ratio = float(predicted.sum() / scored.sum())
             rows_ = float(weight.sum() ** 2 / (weight**2).sum())
-            variance = float(((predicted / ratio - scored) ** 2).sum() / scored.sum() ** 2) * rows_ / (rows_ - 1)
-            odds_p, odds_t = (float(x.sum() / (weight.sum() - x.sum())) for x in (predicted, scored))
-            found[int(t), int(s), int(p)] = np.log(odds_p / odds_t), variance * (1 + odds_t) ** 2
+            mean_p, mean_t = (x.sum() / weight.sum() for x in (predicted, scored))
+            influence = [(x - weight * m) / (m * (1 - m)) for x, m in ((predicted, mean_p), (scored, mean_t))]
+            variance = float(((influence[0] - influence[1]) ** 2).sum() / weight.sum() ** 2) * rows_ / (rows_ - 1)
+            found[int(t), int(s), int(p)] = float(mean_p.logit() - mean_t.logit()), variance
     return found
 
 
@@ -123,6 +123,59 @@ def test_a_slice_of_one_row_goes_with_its_task(encoder: Encoder):
 
     # what its one row says moves nothing
     torch.testing.assert_close(shift_Z(labels_BT), shift_Z(other_BT), atol=2e-3, rtol=0)
+
+
+def sums_of(*slices: tuple[np.ndarray, np.ndarray]) -> calibration._Sums:
+    """Of one task, from each slice's predictions and scores; the slope is that of a constant of the predictions' logits."""
+    predicted, scored, weight, moments, slope = zip(
+        *(
+            (
+                p.sum(),
+                t.sum(),
+                len(p),
+                np.stack([np.ones_like(p), p, t]) @ np.stack([np.ones_like(p), p, t]).T,
+                p @ (1 - p),
+            )
+            for p, t in slices
+        ),
+        strict=True,
+    )
+    column_ = (torch.tensor(np.array(x, dtype=float))[:, None] for x in (predicted, scored, weight, moments, slope))
+    *firsts, moments_ZT33, slope_ZT = column_
+    return calibration._Sums(*firsts, moments_ZT33, slope_ZT[:, :, None])
+
+
+@pytest.mark.parametrize(("mean", "off"), [(0.02, 0.3), (0.5, 0.3), (0.98, 0.6), (0.98, -0.6)])
+def test_the_variance_is_that_of_a_bootstrap(mean: float, off: float):
+    rng = np.random.default_rng(0)
+    z = rng.normal(np.log(mean / (1 - mean)), 1, 300)
+    p, t = (1 / (1 + np.exp(-x)) for x in (z + off, z + rng.normal(0, 0.3, 300)))
+    picked = rng.integers(0, 300, (4000, 300))
+    means = p[picked].mean(1), t[picked].mean(1)
+    again = np.log(means[0] / (1 - means[0])) - np.log(means[1] / (1 - means[1]))
+    assert float(sums_of((p, t)).variance_ZT) == pytest.approx(again.var(), rel=0.12)
+
+
+def test_a_slice_without_rows_goes_with_those_that_say_most():
+    rng = np.random.default_rng(0)
+    sure = np.full(5000, 0.005), np.full(5000, 0.004)
+    noisy = np.full(60, 0.5), (rng.random(60) < 0.7).astype(float)
+    sums_ = sums_of(sure, noisy, (np.empty(0), np.empty(0)))
+    step_Z = sums_.step_ZT(torch.zeros(3, 1, dtype=torch.float64))[0][:, 0]
+    assert step_Z[0] < -0.2 < 0.5 < step_Z[1]
+    assert noisy[1].sum() > sure[1].sum(), "by scores it would go with the other"
+    assert step_Z[2] == pytest.approx(float(step_Z[0]), abs=0.05)
+
+
+def test_a_task_whose_scores_are_all_one_stays(encoder: Encoder):
+    model, rows = model_of(encoder, constrained=False), encoder.encode(examples(1000, 1))
+    labels_BT = rows.labels.clone()
+    labels_BT[:, 0] = torch.where(labels_BT[:, 0].isnan(), torch.nan, 1.0)
+    old_TSP = model.bias.logits_TSP.detach().clone()
+    before_T = calibrate(model, lambda: [replace(rows, labels=labels_BT)])
+    assert before_T.isfinite().all()
+    moved = (model.bias.logits_TSP != old_TSP).flatten(1).any(1)
+    assert moved.tolist() == [False, True, True, True]
 
 
 def test_where_no_slice_has_two_rows_nothing_moves(encoder: Encoder):
