@@ -140,9 +140,10 @@ def sums_of(*slices: tuple[np.ndarray, np.ndarray]) -> calibration._Sums:
         ),
         strict=True,
     )
-    column_ = (torch.tensor(np.array(x, dtype=float))[:, None] for x in (predicted, scored, weight, moments, slope))
-    *firsts, moments_ZT33, slope_ZT = column_
-    return calibration._Sums(*firsts, moments_ZT33, slope_ZT[:, :, None])
+    predicted_Z1, scored_Z1, weight_Z1, moments_Z133, slope_Z1 = (
+        torch.tensor(np.array(x, dtype=float))[:, None] for x in (predicted, scored, weight, moments, slope)
+    )
+    return calibration._Sums(predicted_Z1, scored_Z1, weight_Z1, moments_Z133, slope_Z1[:, :, None])
 
 
 @pytest.mark.parametrize(("mean", "off"), [(0.02, 0.3), (0.5, 0.3), (0.98, 0.6), (0.98, -0.6)])
