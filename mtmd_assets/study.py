@@ -77,8 +77,10 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         PlatformError: no model beside mtmd, fewer than one seed, a document that is not of results, an evaluation day that
             has not ended, or as `evaluation_days`.
     """
-    from mtmd_assets import results as writer
     from mtmd_assets.assets.experiments import compared_days, op_name
+    from mtmd_assets.results import comparison
+    from mtmd_assets.results.document import require_results, write_sections
+    from mtmd_assets.results.result import compared, headline
 
     days = evaluation_days(site)
     others = [m for m in models if m != "mtmd"]
@@ -88,7 +90,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         seeds = site.platform.experiments.seeds
     if seeds < 1:
         raise PlatformError(f"--seeds must be 1 or more, got {seeds}")
-    writer.require_results(document)
+    require_results(document)
     if days[-1] >= datetime.now(ZoneInfo(site.platform.time_zone)).date():
         raise PlatformError(f"{site.platform.name}: the last evaluation day, {days[-1]}, has not ended yet")
     idle = [m for m in others if is_mtmd(site.platform, m)]
@@ -100,17 +102,17 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         chosen = [m for m in others if m in group and m not in idle]
         if not chosen:
             continue
-        compared = compared_days(site.platform, chosen[0], days[-1])  # of one group all the same
-        first, last = compared[0], compared[-1]
+        days_of_group = compared_days(site.platform, chosen[0], days[-1])  # of one group all the same
+        first, last = days_of_group[0], days_of_group[-1]
         with step(f"train {1 + len(chosen)} models with {seeds} seeds, score {first} to {last}"):
             config = {"models": ["mtmd", *chosen], "seeds": seeds}
             run("experiments", first, last, config={"ops": {op_name(site): {"config": config}}})
         with step("compare"):
             run("improvements", days[-1])
-        writer.write_sections(document, writer.comparison(site, last))
+        write_sections(document, comparison(site, last))
         print(f"\n{site.platform.name}, {first} to {last}: improvement of mtmd in LogMAE\n")
-        print(writer.headline(site, last, chosen))
-        found = writer.compared(site, last)
+        print(headline(site, last, chosen))
+        found = compared(site, last)
         without = [m for m in chosen if m not in found]
         if without:
             print(f"\nwithout a result, for the reasons above: {', '.join(without)}")
@@ -127,14 +129,15 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     Raises:
         PlatformError: a model that is not searched, a document that is not of results, or as `tuning.given`.
     """
-    from mtmd_assets import results as writer
     from mtmd_assets import tuning
+    from mtmd_assets.results.document import require_results, write_sections
+    from mtmd_assets.results.search import search
 
     searched = ("mtmd", *CONTENDERS)
     unknown = [m for m in models if m not in searched]
     if unknown:
         raise PlatformError(f"--models: {unknown[0]!r} is not searched, only {', '.join(searched)}")
-    writer.require_results(document)
+    require_results(document)
     evaluation_days(site)
     days = sorted(site.platform.experiments.tuning_days)
     if days:
@@ -150,6 +153,6 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
         stage.publish()
     with site.warehouse.connect() as con:
         trials = tuning.published(con, site.platform)
-    writer.write_sections(document, writer.search(site, trials))
+    write_sections(document, search(site, trials))
     print(f"\n{tuning.ranking(trials)}")
     return 0

@@ -148,7 +148,8 @@ def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
     def kept():
         with studied.site.warehouse.connect() as con:
             create_evaluated(con, studied.site.platform, studied.site.warehouse, DAYS[1])
-            return experiments._kept(con, studied.site, DAYS[1], again, said.append)
+            scored = experiments.scored_data(con)
+            return experiments._kept(con, studied.site, DAYS[1], scored, again, said.append)
 
     others = "SELECT DISTINCT model_version FROM experiment_models WHERE ds = ? AND (model != 'mtmd' OR seed != 0)"
     assert {(version,) for version in kept()} == set(query(studied, others, DAYS[1]))

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from checks import routing
-from mtmd_assets import model_store, results
+from mtmd_assets import model_store
 from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Home
+from mtmd_assets.results import ablations, calibration, comparison, contenders, trainings
+from mtmd_assets.results import routing as routing_results
+from mtmd_assets.results.document import HEAD, require_results, write_sections
+from mtmd_assets.results.result import cell_in_words, headline, headline_of, result_of
 from tests.studied import DAYS
 from tests.worlds import Runner, query, show_failure
 
@@ -88,14 +92,14 @@ def test_a_seed_that_not_all_days_have_is_left_out(studied, tmp_path):
     folder = tmp_path / "home"
     shutil.copytree(studied.site.folder.parent, folder)
     runner = Runner(Home(folder).site("adworld"))
-    before = results.comparison(runner.site, DAYS[1])["adworld"]
+    before = comparison(runner.site, DAYS[1])["adworld"]
     config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd"], "seeds": 3, "workers": 1}}}}
     result = runner.run("experiments", DAYS[1], config=config)
     assert result.success, show_failure(result)
     with runner.site.warehouse.connect() as con:
         seeds = con.sql("SELECT DISTINCT seed FROM experiment_predictions WHERE model = 'mtmd' ORDER BY ALL").fetchall()
     assert seeds == [(0,), (1,), (2,)]
-    assert results.comparison(runner.site, DAYS[1])["adworld"] == before
+    assert comparison(runner.site, DAYS[1])["adworld"] == before
 
 
 def test_earlier_days_have_a_result_of_their_own(studied, tmp_path):
@@ -108,9 +112,9 @@ def test_earlier_days_have_a_result_of_their_own(studied, tmp_path):
     one = "SELECT mtmd FROM improvement_results WHERE ds = ? AND contender = 'mmoe_dcn' AND task IS NULL AND bucket IS NULL"
     ((earlier,),), ((later,),) = query(runner, one, DAYS[0]), query(runner, one, DAYS[1])
     assert earlier != later
-    assert f"Evaluated on {DAYS[0]} to {DAYS[0]} (" in results.comparison(runner.site, DAYS[0])["adworld"]
-    assert f"Evaluated on {DAYS[0]} to {DAYS[1]} (" in results.comparison(runner.site, DAYS[1])["adworld"]
-    assert results.headline(runner.site, DAYS[0], CONTENDERS) != results.headline(runner.site, DAYS[1], CONTENDERS)
+    assert f"Evaluated on {DAYS[0]} to {DAYS[0]} (" in comparison(runner.site, DAYS[0])["adworld"]
+    assert f"Evaluated on {DAYS[0]} to {DAYS[1]} (" in comparison(runner.site, DAYS[1])["adworld"]
+    assert headline(runner.site, DAYS[0], CONTENDERS) != headline(runner.site, DAYS[1], CONTENDERS)
 
 
 def test_mtmds_error_is_that_of_all_its_seeds_whatever_a_contender_has(studied):
@@ -124,12 +128,12 @@ def test_mtmds_error_is_that_of_all_its_seeds_whatever_a_contender_has(studied):
             """CREATE TEMP VIEW result AS SELECT * REPLACE (CASE contender WHEN 'slice_towers' THEN 1 ELSE seeds END AS seeds,
                 CASE contender WHEN 'slice_towers' THEN 0 ELSE mtmd END AS mtmd) FROM improvements"""
         )
-        text = results._cells(con, studied.site, *DAYS, [0, 1])
-        headline = results._headline(con, CONTENDERS)
+        text = contenders._cells(con, studied.site, *DAYS, [0, 1])
+        shown = headline_of(con, CONTENDERS)
     [line] = [line for line in text.splitlines() if line.startswith("| search | standard | ctr |")]
     assert line.split(" | ")[4] == f"{error:.4f}"
     assert "(one seed)" in line
-    [line] = [line for line in headline.splitlines() if line.startswith("| slice_towers |")]
+    [line] = [line for line in shown.splitlines() if line.startswith("| slice_towers |")]
     seeds, _, cells, _, better, worse, _ = line.removeprefix("| slice_towers | ").split(" | ")
     assert (seeds, better, worse) == ("1", "", ""), "one seed does not say which cells are better"
     assert int(cells) > 0
@@ -141,12 +145,12 @@ def test_a_cell_without_an_error_of_the_contender_has_no_improvement(studied):
             """CREATE TEMP VIEW result AS SELECT * REPLACE (
                 CASE WHEN surface = 'search' AND task = 'ctr' THEN NULL ELSE improvement END AS improvement) FROM improvements"""
         )
-        text = results._cells(con, studied.site, *DAYS, [0, 1])
-        headline = results._headline(con, ["pooled_towers"])
-        by_slice = results._by_slice(con, studied.site, "unconstrained")
+        text = contenders._cells(con, studied.site, *DAYS, [0, 1])
+        shown = headline_of(con, ["pooled_towers"])
+        by_slice = ablations._by_slice(con, studied.site, "unconstrained")
     [line] = [line for line in text.splitlines() if line.startswith("| search | standard | ctr |")]
     assert line.endswith(" |  |  |  |  |"), line
-    assert "search standard ctr" not in headline
+    assert "search standard ctr" not in shown
     assert "| search | standard | " in by_slice
 
 
@@ -160,12 +164,12 @@ def test_a_cell_has_the_interval_that_its_rows_and_seeds_allow():
         "joint_low": 0.01,
         "joint_high": 0.2,
     }
-    assert results._cell(cell) == "+10.0% [+1.0%, +20.0%]"
-    assert results._cell({**cell, "joint_low": -0.01}) == "+10.0% [-1.0%, +20.0%] ~"
+    assert cell_in_words(cell) == "+10.0% [+1.0%, +20.0%]"
+    assert cell_in_words({**cell, "joint_low": -0.01}) == "+10.0% [-1.0%, +20.0%] ~"
     assert (
-        results._cell({**cell, "joint_low": None, "joint_high": None}) == "+10.0% [+5.0%, +15.0%] (few rows or users)"
+        cell_in_words({**cell, "joint_low": None, "joint_high": None}) == "+10.0% [+5.0%, +15.0%] (few rows or users)"
     )
-    assert results._cell({**cell, "joint_low": None, "joint_high": None, "seeds": 1}) == "+10.0% (one seed)"
+    assert cell_in_words({**cell, "joint_low": None, "joint_high": None, "seeds": 1}) == "+10.0% (one seed)"
 
 
 def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch):
@@ -176,7 +180,7 @@ def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch)
 
     def text():
         with studied.site.warehouse.connect() as con:
-            return results._routing(con, DAYS[0], DAYS[-1], [0, 1])
+            return routing_results.routing_section(con, DAYS[0], DAYS[-1], [0, 1])
 
     # after one pass from gates that start equal, they still are
     assert f"in {routers} routers of all days and seeds: {routers} uniform." in text()
@@ -187,36 +191,36 @@ def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch)
 def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):
     def of_mtmd():
         with studied.site.warehouse.connect() as con:
-            lines = results._parameters(con, studied.site, DAYS[0], DAYS[-1]).splitlines()
+            lines = trainings.parameters_section(con, studied.site, DAYS[0], DAYS[-1]).splitlines()
         [line] = [line for line in lines if line.startswith("| mtmd |")]
         return line.split(" | ")[4]
 
     assert of_mtmd() == "0 of 4"
     seen = []
-    monkeypatch.setattr(results, "high_passes", lambda history: seen.append(history) or len(seen) == 1)
+    monkeypatch.setattr(trainings, "high_passes", lambda history: seen.append(history) or len(seen) == 1)
     assert of_mtmd() == "1 of 4"
     assert all(entry["train_loss"] > 0 for history in seen for entry in history)
-    assert results._jumped(studied.site, ["a version whose folder is gone"]) == ""
+    assert trainings.jumped(studied.site, ["a version whose folder is gone"]) == ""
 
 
 def test_parameters_and_weights_are_those_trained_with(studied):
     with studied.site.warehouse.connect() as con:
-        text = results._parameters(con, studied.site, DAYS[0], DAYS[-1])
+        text = trainings.parameters_section(con, studied.site, DAYS[0], DAYS[-1])
     assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
-    assert results._task_weights(studied.site, ["a version whose folder is gone"]) == ""
+    assert trainings._task_weights(studied.site, ["a version whose folder is gone"]) == ""
     counts = dict(query(studied, "SELECT model, (embedding_params, dense_params) FROM experiment_models"))
     embedding, dense = (a / b for a, b in zip(counts["mtmd"], counts["slice_towers"], strict=True))
     assert f"MTMD has {embedding:.2g} times the embedding parameters" in text
     assert f"and {dense:.2g} times their others" in text
-    assert results._beside_slice_towers({"mtmd": (1, 1)}) == ""
-    assert "MTMD has 0.5 times the parameters of all" in results._beside_slice_towers(
+    assert trainings._beside_slice_towers({"mtmd": (1, 1)}) == ""
+    assert "MTMD has 0.5 times the parameters of all" in trainings._beside_slice_towers(
         {"mtmd": (0, 1), "slice_towers": (0, 2)}
     ), "without tables"
 
 
 def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_cells(studied):
-    with results._result(studied.site, DAYS[1]) as con:
-        words, table = results._tasks(con, studied.site)
+    with result_of(studied.site, DAYS[1]) as con:
+        words, table = contenders._tasks(con, studied.site)
     assert "By task" in words
     errors = """SELECT avg(abs(ln(greatest(probability, 1e-6)) - ln(greatest(score, 1e-6))))
         FROM experiment_predictions WHERE model = ? AND task = 'gctr'"""
@@ -231,16 +235,16 @@ def test_each_task_has_the_improvement_over_all_its_rows_beside_the_mean_of_its_
 
 
 def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(studied, monkeypatch):
-    monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
-    with results._result(studied.site, DAYS[1]) as con:
-        text = results._calibration(con, DAYS[0], DAYS[-1])
+    monkeypatch.setattr(calibration, "CALIBRATED_ROWS", 200)
+    with result_of(studied.site, DAYS[1]) as con:
+        text = calibration.calibration_section(con, DAYS[0], DAYS[-1])
     cells = query(
         studied,
         """SELECT surface, product, task, count(*) // 2 AS n, sum(probability) / sum(score) AS calibration
         FROM experiment_predictions WHERE model = 'mtmd' GROUP BY ALL HAVING n >= 200 ORDER BY ALL""",
     )
     assert len(cells) > 3
-    inside = sum(0.95 <= calibration <= 1.05 for *_, calibration in cells)
+    inside = sum(0.95 <= ratio <= 1.05 for *_, ratio in cells)
     assert f"Of the {len(cells)} cells are within 0.95 to 1.05: {inside} of mtmd, " in text
     assert "| mtmd | slice_towers | pooled_towers | mmoe_dcn | soft_slice_towers |" in text
     intervals = [
@@ -249,31 +253,31 @@ def test_calibration_of_every_large_cell_stands_beside_that_of_the_contenders(st
     outside = sum(low > 1.05 or high < 0.95 for low, high in intervals)
     assert f"of mtmd's, {outside or 'none'} lie wholly outside" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    for (*cell, rows, calibration), line in zip(cells, lines, strict=True):
-        assert line.startswith(f"| {' | '.join(cell)} | {rows:,} | {calibration:.3f} [")
+    for (*cell, rows, ratio), line in zip(cells, lines, strict=True):
+        assert line.startswith(f"| {' | '.join(cell)} | {rows:,} | {ratio:.3f} [")
 
 
 def test_where_no_slice_is_large_or_there_is_one_seed_no_interval_is_shown(studied, monkeypatch):
-    with results._result(studied.site, DAYS[1]) as con:
-        monkeypatch.setattr(results, "CALIBRATED_ROWS", 100_000)
-        assert results._calibration(con, DAYS[0], DAYS[-1]).startswith("No slice has the 100,000 rows")
-        monkeypatch.setattr(results, "CALIBRATED_ROWS", 200)
-        monkeypatch.setattr(results, "_whole_seeds", lambda *_: [0])
-        text = results._calibration(con, DAYS[0], DAYS[-1])
+    with result_of(studied.site, DAYS[1]) as con:
+        monkeypatch.setattr(calibration, "CALIBRATED_ROWS", 100_000)
+        assert calibration.calibration_section(con, DAYS[0], DAYS[-1]).startswith("No slice has the 100,000 rows")
+        monkeypatch.setattr(calibration, "CALIBRATED_ROWS", 200)
+        monkeypatch.setattr(calibration, "whole_seeds", lambda *_: [0])
+        text = calibration.calibration_section(con, DAYS[0], DAYS[-1])
         con.execute(
             "CREATE TEMP TABLE few AS SELECT * REPLACE (1 AS seeds) FROM result WHERE surface IS NULL AND task IS NULL"
         )
         con.execute("CREATE OR REPLACE TEMP VIEW result AS FROM few")
-        assert results._tasks(con, studied.site) == []
-        headline = results._headline(con, ["pooled_towers"])
+        assert contenders._tasks(con, studied.site) == []
+        shown = headline_of(con, ["pooled_towers"])
     assert "Intervals" not in text
     assert "[" not in text
-    assert re.search(r"\| pooled_towers \| 1 \| [+-]\d+\.\d% \(one seed\) \| 0 \| 0 \|  \|  \|", headline)
+    assert re.search(r"\| pooled_towers \| 1 \| [+-]\d+\.\d% \(one seed\) \| 0 \| 0 \|  \|  \|", shown)
 
 
 def test_constants_are_shown_whatever_seed_they_were_published_beside(studied):
-    with results._result(studied.site, DAYS[1]) as con:
-        text = results._cells(con, studied.site, *DAYS, [1])
+    with result_of(studied.site, DAYS[1]) as con:
+        text = contenders._cells(con, studied.site, *DAYS, [1])
     line = next(line for line in text.splitlines() if line.startswith("| search | standard | ctr |"))
     assert all(re.fullmatch(r"\d\.\d{4}", value) for value in line.split(" | ")[4:7]), line
 
@@ -283,13 +287,13 @@ SECTION = "<!-- a platform -->\nwords\n<!-- end of a platform -->\n"
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"# Results\n", f"# Results\n\nwords\n\n{SECTION}".encode(), results.HEAD.encode() + SECTION.encode()],
+    [None, b"", b"# Results\n", f"# Results\n\nwords\n\n{SECTION}".encode(), HEAD.encode() + SECTION.encode()],
 )
 def test_results_are_written_where_nothing_or_results_are(tmp_path, content):
     document = tmp_path / "document.md"
     if content is not None:
         document.write_bytes(content)
-    results.require_results(document)
+    require_results(document)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +304,7 @@ def test_results_are_not_written_over_something_else(tmp_path, content):
     document.write_bytes(content)
     for path in (document, tmp_path):
         with pytest.raises(PlatformError, match="something else is there"):
-            results.require_results(path)
+            require_results(path)
 
 
 def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_path):
@@ -308,7 +312,7 @@ def test_a_second_writing_replaces_the_sections_and_keeps_others(studied, tmp_pa
     before = studied.document.read_text()
     others = [f"<!-- {name} -->\nuntouched\n<!-- end of {name} -->\n" for name in ("other", "adworld search")]
     document.write_text("\n".join([before, *others]))
-    results.write_sections(document, results.comparison(studied.site, DAYS[1]))
+    write_sections(document, comparison(studied.site, DAYS[1]))
     text = document.read_text()
     assert text.count("## adworld\n") == text.count("## adworld: ablations\n") == 1
     assert text.count("untouched") == 2, "another platform's, and one that this home has no table for"

@@ -180,7 +180,8 @@ def score_day(
         routing = _score(con, trained)
         con.execute(f"CREATE TEMP VIEW predicted AS FROM of_models WHERE model_version = '{trained[0].version}'")
         create_scored(con, window[0], window[-1], "of_models")
-        kept = _kept(con, site, day, trained, log)
+        scored = scored_data(con)
+        kept = _kept(con, site, day, scored, trained, log)
         others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
         stage.write(
             con,
@@ -197,7 +198,7 @@ def score_day(
             {"floor": FLOOR},
         )
         rankers, _ = window_source(con, window)
-        con.register("trained", _records(trained, window, rankers, _scored_data(con)))
+        con.register("trained", _records(trained, window, rankers, scored))
         stage.write(
             con,
             "experiment_models",
@@ -257,12 +258,17 @@ def _training_seed(last: date, seed: int) -> int:
 
 
 def _kept(
-    con: "DuckDBPyConnection", site: Site, day: date, trained: Sequence[Trained], log: Callable[[str], None]
+    con: "DuckDBPyConnection",
+    site: Site,
+    day: date,
+    scored: str,
+    trained: Sequence[Trained],
+    log: Callable[[str], None],
 ) -> list[str]:
     """Versions of the day's other published models and seeds that are current."""
     published = con.execute("SELECT model, seed FROM experiment_models WHERE ds = ?", [day]).fetchall()
     replaced = {(t.model, t.seed) for t in trained}
-    kept = [c.version for c in current_models(con, site, day) if (c.model, c.seed) not in replaced]
+    kept = [c.version for c in current_models(con, site, day, scored) if (c.model, c.seed) not in replaced]
     others = len(set(published) - replaced)
     if len(kept) < others:
         log(
@@ -271,32 +277,31 @@ def _kept(
     return kept
 
 
-def current_models(con: "DuckDBPyConnection", site: Site, day: date) -> list[Trained]:
+def current_models(con: "DuckDBPyConnection", site: Site, day: date, scored: str) -> list[Trained]:
     """The models and seeds that are published of a day and that today would be trained alike, by the same code and settings
     on the same data, and scored on the same rows: others say nothing of these.
 
     Args:
-        con: has the day's `evaluated` (`join.create_evaluated`).
+        scored: what today are the day's rows (`scored_data`).
     """
     window = site.platform.window(day - timedelta(1))
     published = {
-        (model, seed): (version, scored)
-        for model, seed, version, scored in con.execute(
+        (model, seed): (version, rows)
+        for model, seed, version, rows in con.execute(
             "SELECT model, seed, model_version, scored_data FROM experiment_models WHERE ds = ?", [day]
         ).fetchall()
         if model in MODELS
     }
     if not published or site.warehouse.missing("joined_examples", window[0], day):
         return []
-    scored = _scored_data(con)
     jobs = _jobs(site, window, list(published))
     return [Trained(*key, job.name, job.folder) for key, job in jobs.items() if published[key] == (job.name, scored)]
 
 
-def _scored_data(con: "DuckDBPyConnection") -> str:
-    """A hash of `evaluated`, the rows that the models of a day are scored on, in any order; of one without rows None."""
+def scored_data(con: "DuckDBPyConnection") -> str:
+    """A hash of `evaluated` (`join.create_evaluated`), the rows that the models of a day are scored on, in any order."""
     [(found,)] = con.execute("SELECT bit_xor(md5_number(e::VARCHAR)) FROM evaluated e").fetchall()
-    return f"{found:x}" if found is not None else "none"
+    return f"{found or 0:x}"
 
 
 def _score(con: "DuckDBPyConnection", trained: Sequence[Trained]) -> list[dict[str, Any]]:
@@ -417,10 +422,11 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
 def _scored(site: Site, day: date) -> tuple[list[Trained], str]:
     """The current models of a day, and a hash of what they were scored on; none where it is not published."""
     if not site.warehouse.published("joined_examples", day):
-        return [], "none"
+        return [], ""
     with site.warehouse.connect() as con:
         create_evaluated(con, site.platform, site.warehouse, day)
-        return current_models(con, site, day), _scored_data(con)
+        scored = scored_data(con)
+        return current_models(con, site, day, scored), scored
 
 
 def _common_seeds(days: Sequence[Sequence[Trained]], model: str) -> list[int]:

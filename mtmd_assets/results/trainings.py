@@ -1,0 +1,87 @@
+"""What the models of a result were trained as: parameters, settings, losses that jumped."""
+
+import json
+from collections.abc import Collection, Mapping
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from checks.training import JUMP, high_passes
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS
+from mtmd_assets.home import Site
+from mtmd_assets.pictures import markdown_table
+from mtmd_assets.results.result import WHOLE
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+def parameters_section(con: "DuckDBPyConnection", site: Site, first: date, last: date) -> str:
+    """Parameters, passes, jumps and settings, a row a model."""
+    rows = con.execute(
+        f"""SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config), list(model_version)
+        FROM experiment_models WHERE ds BETWEEN $first AND $last AND (model, seed) IN ({WHOLE}) GROUP BY model ORDER BY model""",
+        {"first": first, "last": last, "days": (last - first).days + 1},
+    ).fetchall()
+    order = {m: n for n, m in enumerate(("mtmd", *CONTENDERS, *ABLATIONS))}
+    table = [
+        [model, f"{embedding:,}", f"{dense:,}", f"{epoch:.1f}", jumped(site, versions), _settings(json.loads(config))]
+        for model, embedding, dense, epoch, config, versions in sorted(rows, key=lambda r: order.get(r[0], 99))
+        if model in ("mtmd", *CONTENDERS)
+    ]
+    weights = _task_weights(site, [version for row in rows for version in row[-1]])
+    counts = {model: (embedding, dense) for model, embedding, dense, *_ in rows}
+    words = f"""Parameters (of embedding tables the rows that training has met), the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
+that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{weights}{_beside_slice_towers(counts)}"""
+    return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
+
+
+def _beside_slice_towers(counts: Mapping[str, tuple[int, int]]) -> str:
+    """A sentence: mtmd's parameters as shares of those of the models that it replaces (paper, section 3.2); empty without
+    these."""
+    if not {"mtmd", "slice_towers"} <= counts.keys():
+        return ""
+    (tables, others), (their_tables, their_others) = counts["mtmd"], counts["slice_towers"]
+    ratio = f"{others / their_others:.2g} times"
+    # a platform without categorical features has no tables
+    if their_tables:
+        shares = f"{tables / their_tables:.2g} times the embedding parameters of all slice towers together, and {ratio} their others"
+    else:
+        shares = f"{ratio} the parameters of all slice towers together"
+    return f"""
+MTMD has {shares}; the
+paper's has about as many embedding parameters as the models that it replaced, and fewer others."""
+
+
+def _task_weights(site: Site, versions: Collection[str]) -> str:
+    """A sentence: what they were trained with, all alike; nothing where none of their folders is there."""
+    for manifest in (manifest_of(site, version) for version in versions):
+        if manifest is not None:
+            weights = ", ".join(f"{task['name']} {task['weight']:g}" for task in manifest["schema"]["tasks"])
+            return f" Weights of the tasks in everybody's loss: {weights}."
+    return ""
+
+
+def jumped(site: Site, versions: Collection[str]) -> str:
+    """How many trainings had a loss that jumped, of those whose folders are there."""
+    histories = [m["history"] for m in (manifest_of(site, version) for version in versions) if m is not None]
+    return f"{sum(bool(high_passes(history)) for history in histories)} of {len(histories)}" if histories else ""
+
+
+def manifest_of(site: Site, version: str) -> dict[str, Any] | None:
+    """A trained model's; None where its folder has gone."""
+    file = site.folder / "experiments" / version / "manifest.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else None
+
+
+def _settings(config: dict[str, Any]) -> str:
+    widths = config["model"].get("deep") or config["model"].get("widths")
+    optimiser = config["optimiser"]
+    embedding_rate = optimiser.get("embedding_rate", 1.0)  # models trained before there was one have none
+    return (
+        f"widths {'/'.join(map(str, widths))}, {config['max_epochs']} passes, batch {config['batch_size']}, learning rate "
+        f"{optimiser['learning_rate']:g}, warm-up {optimiser['warmup_share']:g}, gradient clip {config['gradient_clip']:g}, "
+        f"embedding rate {embedding_rate:g}, weight decay {optimiser['weight_decay']:g}, dropout {config['model']['dropout']:g}, "
+        f"slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}, "
+        f"averaged passes {config.get('averaged_passes', 0.0):g}, "
+        f"main effects {'on' if config['model'].get('main_effects') else 'off'}"
+    )
