@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from mtmd_assets.assets import embeddings, evaluation, experiments
+from mtmd_assets.assets import embeddings, evaluation, experiment_scoring
 from mtmd_assets.assets.common import asset_key
 from mtmd_assets.home import Site
 
@@ -27,7 +27,7 @@ def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
     def assets(tables: Iterable[str]) -> dg.AssetSelection:
         return dg.AssetSelection.assets(*(asset_key(platform, t) for t in tables))
 
-    models, tried, compared = assets(MODEL_TABLES), assets(experiments.TABLES), assets(["improvements"])
+    models, tried, compared = assets(MODEL_TABLES), assets(experiment_scoring.TABLES), assets(["improvements"])
     everything = dg.AssetSelection.key_prefixes([platform.name]) - tried - compared
     described = {
         "data": (everything - models, "Build, check and publish days of logs, scores and joined examples."),

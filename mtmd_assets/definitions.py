@@ -12,6 +12,7 @@ from mtmd_assets.assets.data import data_assets
 from mtmd_assets.assets.embeddings import embedding_assets
 from mtmd_assets.assets.evaluation import evaluation_assets
 from mtmd_assets.assets.experiments import experiment_assets
+from mtmd_assets.assets.improvements import improvement_asset
 from mtmd_assets.assets.training import training_assets
 from mtmd_assets.automation import jobs, schedule
 from mtmd_assets.home import Home, Site
@@ -35,7 +36,8 @@ def _platform_definitions(site: Site) -> dg.Definitions:
             training_assets(site),
             evaluation_assets(site),
             embedding_assets(site),
-            *experiment_assets(site),
+            experiment_assets(site),
+            improvement_asset(site),
         ],
         jobs=[data, models, daily, tried, compared],
         schedules=[schedule(site, daily)],

@@ -126,7 +126,7 @@ def test_improvements_equal_a_computation_by_hand(studied):
 
 
 def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
-    folders = sorted((studied.site.folder / "experiments").iterdir())
+    folders = sorted((studied.site.folder / "experiments").glob("*/"))
     before = {f: (f / "model.safetensors").stat().st_mtime_ns for f in folders}
     config = {"ops": {"adworld_train_and_score": {"config": {"models": ["no_cross"], "seeds": 1}}}}
     studied.run_step("experiments", DAYS[1], config=config)
@@ -140,16 +140,16 @@ def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
 
 
 def test_published_models_of_other_settings_are_left_out(studied, monkeypatch):
-    from mtmd_assets.assets import experiments
+    from mtmd_assets.assets import experiment_scoring
 
     said: list[str] = []
-    again = [experiments.Trained("mtmd", 0, "", studied.site.folder)]
+    again = [experiment_scoring.Trained("mtmd", 0, "", studied.site.folder)]
 
     def kept():
         with studied.site.warehouse.connect() as con:
             create_evaluated(con, studied.site.platform, studied.site.warehouse, DAYS[1])
-            scored = experiments.scored_data(con)
-            return experiments._kept(con, studied.site, DAYS[1], scored, again, said.append)
+            scored = experiment_scoring.scored_data(con)
+            return experiment_scoring._kept(con, studied.site, DAYS[1], scored, again, said.append)
 
     others = "SELECT DISTINCT model_version FROM experiment_models WHERE ds = ? AND (model != 'mtmd' OR seed != 0)"
     assert {(version,) for version in kept()} == set(query(studied, others, DAYS[1]))
@@ -276,17 +276,17 @@ def test_an_unknown_model_is_refused(studied):
 
 
 def test_a_model_without_all_of_its_days_is_not_compared(studied):
-    from mtmd_assets.assets import experiments
+    from mtmd_assets.assets import improvements
     from mtmd_assets.results import comparison
 
     site, said = studied.site, []
     longer = site.platform.experiments.model_copy(update={"days": 3})
     short = type(site)(site.platform.model_copy(update={"experiments": longer}), site.folder)
-    days = experiments.compared_days(short.platform, "mmoe_dcn", DAYS[1])
+    days = improvements.compared_days(short.platform, "mmoe_dcn", DAYS[1])
     assert days == [date(2026, 1, 3), *DAYS]
-    assert experiments.compared_days(short.platform, "no_cross", DAYS[1]) == [DAYS[1]]
+    assert improvements.compared_days(short.platform, "no_cross", DAYS[1]) == [DAYS[1]]
     try:
-        experiments.compare(short, DAYS[1], "short", said.append)
+        improvements.compare(short, DAYS[1], "short", said.append)
         assert [line for line in said if line.startswith("mmoe_dcn is left out") and "2026-01-03, 2026-01-04" in line]
         rows = query(studied, "SELECT DISTINCT contender, eval_start, eval_end FROM improvements ORDER BY ALL")
         assert ("no_routing", DAYS[1], DAYS[1]) in rows
@@ -294,13 +294,13 @@ def test_a_model_without_all_of_its_days_is_not_compared(studied):
         assert "adworld" not in comparison(short, DAYS[1])
         assert "## adworld: ablations" in comparison(short, DAYS[1])["adworld ablations"]
     finally:
-        experiments.compare(site, DAYS[1], "again", said.append)
+        improvements.compare(site, DAYS[1], "again", said.append)
     with pytest.raises(Withheld, match=r"no model has experiments of 2026-01-18 to 2026-01-20"):
-        experiments.compare(short, date(2026, 1, 20), "none", said.append)
+        improvements.compare(short, date(2026, 1, 20), "none", said.append)
 
 
 def test_seeds_that_lack_a_day_are_not_compared():
-    from mtmd_assets.assets.experiments import Trained, _common_seeds
+    from mtmd_assets.assets.improvements import Trained, _common_seeds
 
     def day(mtmd: str, pooled: str) -> list[Trained]:
         return [
@@ -324,36 +324,36 @@ def of_other_settings(site: Any) -> Any:
 
 
 def test_models_that_today_would_be_trained_otherwise_are_not_compared(studied):
-    from mtmd_assets.assets import experiments
+    from mtmd_assets.assets import improvements
 
     said: list[str] = []
     with pytest.raises(Withheld, match="by today's code, settings and data"):
-        experiments.compare(of_other_settings(studied.site), DAYS[1], "other", said.append)
+        improvements.compare(of_other_settings(studied.site), DAYS[1], "other", said.append)
     assert any(line.startswith("slice_towers is left out") for line in said), "its own trainings are what they were"
 
 
 def test_models_that_were_scored_on_other_rows_are_not_compared(studied, tmp_path):
-    from mtmd_assets.assets import experiments
+    from mtmd_assets.assets import improvements
 
     folder = tmp_path / "home"
     shutil.copytree(studied.site.folder.parent, folder)
     site = type(studied.site)(studied.site.platform, folder / "adworld")
-    found, before = experiments._scored(site, DAYS[0])
+    found, before = improvements._scored(site, DAYS[0])
     assert {(t.model, t.seed) for t in found} == {(m, seed) for m in OF_DAY[DAYS[0]] for seed in (0, 1)}
     file = site.warehouse.path("joined_examples", DAYS[0])
     rows = pl.read_parquet(file)
     rows.sort("impression_id", descending=True).write_parquet(file)
-    assert experiments._scored(site, DAYS[0])[1] == before, "their order makes no difference"
+    assert improvements._scored(site, DAYS[0])[1] == before, "their order makes no difference"
     rows.with_columns(score_ctr=pl.when(pl.int_range(pl.len()) == 0).then(0.5).otherwise("score_ctr")).write_parquet(
         file
     )
-    found, after = experiments._scored(site, DAYS[0])
+    found, after = improvements._scored(site, DAYS[0])
     assert found == []
     assert after != before
 
 
 def test_a_seed_that_a_model_lacks_on_one_day_does_not_enter(studied, tmp_path):
-    from mtmd_assets.assets import experiments
+    from mtmd_assets.assets import improvements
 
     folder = tmp_path / "home"
     shutil.copytree(studied.site.folder.parent, folder)
@@ -361,7 +361,7 @@ def test_a_seed_that_a_model_lacks_on_one_day_does_not_enter(studied, tmp_path):
     file = site.warehouse.path("experiment_models", DAYS[0])
     rows = pl.read_parquet(file)
     rows.filter((pl.col("model") != "mmoe_dcn") | (pl.col("seed") == 0)).write_parquet(file)
-    experiments.compare(site, DAYS[1], "again", lambda line: None)
+    improvements.compare(site, DAYS[1], "again", lambda line: None)
     with site.warehouse.connect() as con:
         seeds = dict(con.sql("SELECT contender, max(seeds) FROM improvements GROUP BY contender").fetchall())
         query_ = """SELECT sum(n * e) / sum(n) FROM (SELECT rows AS n, logmae AS e FROM experiment_slice_metrics

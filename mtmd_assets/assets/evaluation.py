@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
     from duckdb import DuckDBPyConnection
+    from numpy.typing import NDArray
 
     from mtmd_assets.model_store import ModelRecord
-    from mtmd_model.predict import Predictor
 
 TABLES = {
     "predictions": "P(task | impression) of the model beside the heavyweight score, a row an impression x task.",
@@ -44,7 +44,7 @@ def evaluation_assets(site: Site) -> dg.AssetsDefinition:
 def _evaluate(scored: ScoredDay) -> Iterator[Result]:
     con, stage, day, record = scored.con, scored.stage, scored.day, scored.record
     rows = con.sql("FROM evaluated").to_arrow_table()
-    con.register("predicted", predictions(scored.model, "mtmd", record.version, record.seed, rows))
+    con.register("predicted", predictions(scored.model.predict(rows), "mtmd", record.version, record.seed, rows))
     create_scored(con, record.window_start, record.window_end)
     routing = [{"model_version": record.version, **row} for row in scored.model.routing(rows)]
     stage.write(con, "predictions", day, "FROM predicted")
@@ -70,10 +70,13 @@ def create_scored(con: "DuckDBPyConnection", first: date, last: date, models: st
     con.execute(f"CREATE TEMP VIEW scored AS FROM {models} UNION ALL BY NAME ({sql.text('constant_predictions')})")
 
 
-def predictions(model: "Predictor", name: str, version: str, seed: int, rows: "pa.Table") -> "pl.DataFrame":
+def predictions(
+    probabilities: "Mapping[str, NDArray[Any]]", name: str, version: str, seed: int, rows: "pa.Table"
+) -> "pl.DataFrame":
     """One row an impression x task that exists in its slice.
 
     Args:
+        probabilities: task -> those of the rows.
         name: for the column `model`.
         version: for the column `model_version`.
         seed: it was trained with.
@@ -86,9 +89,9 @@ def predictions(model: "Predictor", name: str, version: str, seed: int, rows: "p
         keys.with_columns(
             pl.lit(task).alias("task"),
             pl.DataFrame(rows.select([f"score_{task}"])).to_series().alias("score"),
-            pl.Series("probability", probability),
+            pl.Series("probability", probability, pl.Float64),
         ).drop_nulls("score")
-        for task, probability in model.predict(rows).items()
+        for task, probability in probabilities.items()
     ]
     return pl.concat(parts).with_columns(
         pl.lit(name).alias("model"),

@@ -6,6 +6,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from checks.training import JUMP, high_passes
+from mtmd_assets import training_record
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
@@ -53,7 +54,7 @@ paper's has about as many embedding parameters as the models that it replaced, a
 
 
 def _task_weights(site: Site, versions: Collection[str]) -> str:
-    """A sentence: what they were trained with, all alike; nothing where none of their folders is there."""
+    """A sentence: what they were trained with, all alike; nothing where none of their records is there."""
     for manifest in (manifest_of(site, version) for version in versions):
         if manifest is not None:
             weights = ", ".join(f"{task['name']} {task['weight']:g}" for task in manifest["schema"]["tasks"])
@@ -62,15 +63,15 @@ def _task_weights(site: Site, versions: Collection[str]) -> str:
 
 
 def jumped(site: Site, versions: Collection[str]) -> str:
-    """How many trainings had a loss that jumped, of those whose folders are there."""
+    """How many trainings had a loss that jumped, of those whose records are there."""
     histories = [m["history"] for m in (manifest_of(site, version) for version in versions) if m is not None]
     return f"{sum(bool(high_passes(history)) for history in histories)} of {len(histories)}" if histories else ""
 
 
 def manifest_of(site: Site, version: str) -> dict[str, Any] | None:
-    """A trained model's; None where its folder has gone."""
-    file = site.folder / "experiments" / version / "manifest.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else None
+    """A trained model's; None where its record has gone."""
+    path = training_record.path_of(site.folder / "experiments" / version)
+    return training_record.manifest_of(path) if path.is_file() else None
 
 
 def _settings(config: dict[str, Any]) -> str:

@@ -1,0 +1,214 @@
+"""Scoring an evaluation day by the models of an experiment, and which of the published ones still count."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sql
+from mtmd_assets import training_record
+from mtmd_assets.assets.common import Metadata, preview
+from mtmd_assets.assets.evaluation import create_scored, predictions
+from mtmd_assets.assets.training import window_source
+from mtmd_assets.contenders import MODELS, change_of
+from mtmd_assets.home import Site
+from mtmd_assets.join import create_evaluated
+from mtmd_assets.training_pool import TrainJob, training_jobs
+from mtmd_assets.training_record import TrainingRecord
+from mtmd_model.metrics import FLOOR
+
+if TYPE_CHECKING:
+    import polars as pl
+    from duckdb import DuckDBPyConnection
+
+TABLES = {
+    "experiment_models": "One row a trained contender, ablation or seed, as in `models`, and a hash of the rows it scored.",
+    "experiment_predictions": "As `predictions`, of every model and seed.",
+    "experiment_slice_metrics": "As the daily metrics, of every model, seed and constant; the view `slice_metrics` has both, of the constants the daily.",
+    "experiment_routing_metrics": "Which experts the routers of each seed of mtmd use.",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One model of an experiment."""
+
+    model: str
+    seed: int
+    version: str
+    folder: Path
+
+
+def jobs_of(site: Site, window: Sequence[date], models: Sequence[tuple[str, int]]) -> dict[tuple[str, int], TrainJob]:
+    """(model, seed) -> its training."""
+    platform = site.platform
+    trainings = {f"{m}-{seed}": (change_of(platform, m), _training_seed(window[-1], seed)) for m, seed in models}
+    return dict(zip(models, training_jobs(site, window, trainings).values(), strict=True))
+
+
+def _training_seed(last: date, seed: int) -> int:
+    """What a training is seeded with: those of different windows share nothing by chance (`intervals`)."""
+    return 1000 * last.toordinal() + seed
+
+
+def score_day(
+    site: Site, window: Sequence[date], day: date, trained: Sequence[Trained], run_id: str, log: Callable[[str], None]
+) -> dict[str, Metadata]:
+    """Publish the day scored by the models trained on its window, with what was published of others; table -> metadata.
+
+    Of these only what today's code, data and settings would make again: an ablation of another mtmd says nothing.
+    """
+    import pyarrow as pa
+
+    platform = site.platform
+    with site.warehouse.stage(run_id) as stage, site.warehouse.connect() as con:
+        create_evaluated(con, platform, site.warehouse, day)
+        scored = scored_data(con)
+        records = _score(con, trained, scored)
+        con.execute(f"CREATE TEMP VIEW predicted AS FROM of_models WHERE model_version = '{trained[0].version}'")
+        create_scored(con, window[0], window[-1], "of_models")
+        kept = _kept(con, site, day, scored, trained, log)
+        others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
+        stage.write(
+            con,
+            "experiment_predictions",
+            day,
+            f"FROM of_models UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_predictions WHERE {others}",
+        )
+        metrics = f"({sql.text('cell_metrics').rstrip().rstrip(';')})"
+        stage.write(
+            con,
+            "experiment_slice_metrics",
+            day,
+            f"FROM {metrics} UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_slice_metrics WHERE {others}",
+            {"floor": FLOOR},
+        )
+        rankers, _ = window_source(con, window)
+        con.register("trained", _model_rows(trained, records, window, rankers))
+        stage.write(
+            con,
+            "experiment_models",
+            day,
+            f"FROM trained UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_models WHERE {others}",
+        )
+        routing = [
+            {"seed": t.seed, "model_version": t.version, **row}
+            for t, record in zip(trained, records, strict=True)
+            for row in record.routing
+        ]
+        con.register("routed", pa.Table.from_pylist(routing))
+        stage.write(
+            con,
+            "experiment_routing_metrics",
+            day,
+            f"FROM routed UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_routing_metrics WHERE {others}",
+        )
+        metadata: dict[str, Metadata] = {
+            table: {"preview": preview(con, f"SELECT * FROM {table} WHERE ds = '{day}'")} for table in TABLES
+        }
+        stage.publish()
+    return metadata
+
+
+def _kept(
+    con: "DuckDBPyConnection",
+    site: Site,
+    day: date,
+    scored: str,
+    trained: Sequence[Trained],
+    log: Callable[[str], None],
+) -> list[str]:
+    """Versions of the day's other published models and seeds that are current."""
+    published = con.execute("SELECT model, seed FROM experiment_models WHERE ds = ?", [day]).fetchall()
+    replaced = {(t.model, t.seed) for t in trained}
+    kept = [c.version for c in current_models(con, site, day, scored) if (c.model, c.seed) not in replaced]
+    others = len(set(published) - replaced)
+    if len(kept) < others:
+        log(
+            f"{day}: {others - len(kept)} published models of other code, settings or data, the day's own too, are left out"
+        )
+    return kept
+
+
+def current_models(con: "DuckDBPyConnection", site: Site, day: date, scored: str) -> list[Trained]:
+    """The models and seeds that are published of a day and that today would be trained alike, by the same code and settings
+    on the same data, and scored on the same rows: others say nothing of these.
+
+    Args:
+        scored: what today are the day's rows (`scored_data`).
+    """
+    window = site.platform.window(day - timedelta(1))
+    published = {
+        (model, seed): (version, rows)
+        for model, seed, version, rows in con.execute(
+            "SELECT model, seed, model_version, scored_data FROM experiment_models WHERE ds = ?", [day]
+        ).fetchall()
+        if model in MODELS
+    }
+    if not published or site.warehouse.missing("joined_examples", window[0], day):
+        return []
+    jobs = jobs_of(site, window, list(published))
+    return [Trained(*key, job.name, job.folder) for key, job in jobs.items() if published[key] == (job.name, scored)]
+
+
+def scored_data(con: "DuckDBPyConnection") -> str:
+    """A hash of `evaluated` (`join.create_evaluated`), the rows that the models of a day are scored on, in any order."""
+    [(found,)] = con.execute("SELECT bit_xor(md5_number(e::VARCHAR)) FROM evaluated e").fetchall()
+    return f"{found or 0:x}"
+
+
+def rows_of(site: Site, day: date) -> str:
+    """`scored_data` of a day."""
+    with site.warehouse.connect() as con:
+        create_evaluated(con, site.platform, site.warehouse, day)
+        return scored_data(con)
+
+
+def _score(con: "DuckDBPyConnection", trained: Sequence[Trained], scored: str) -> list[TrainingRecord]:
+    """Leave the temp table `of_models`, in the columns of `predictions`; returns the trainings' records."""
+    rows = con.sql("FROM evaluated ORDER BY impression_id").to_arrow_table()
+    records = []
+    for n, t in enumerate(trained):
+        record = training_record.record(t.folder, rows, scored, routing=t.model == "mtmd")
+        con.register("of_one", predictions(record.probabilities, t.model, t.version, t.seed, rows))
+        con.execute(f"{'INSERT INTO of_models' if n else 'CREATE TEMP TABLE of_models AS'} FROM of_one")
+        con.unregister("of_one")
+        records.append(record)
+    return records
+
+
+def _model_rows(
+    trained: Sequence[Trained], records: Sequence[TrainingRecord], window: Sequence[date], rankers: Sequence[str]
+) -> "pl.DataFrame":
+    """Rows of `experiment_models`, from the trainings' manifests."""
+    import polars as pl
+
+    rows = []
+    for t, record in zip(trained, records, strict=True):
+        manifest = record.manifest
+        best = manifest["history"][manifest["best_epoch"]]
+        rows.append(
+            {
+                "model": t.model,
+                "model_version": t.version,
+                "seed": t.seed,
+                "window_start": window[0],
+                "window_end": window[-1],
+                "rows": manifest["rows"]["train"] + manifest["rows"]["validation"],
+                "embedding_params": manifest["params"]["embedding"],
+                "dense_params": manifest["params"]["dense"],
+                "data_hashes": json.dumps(manifest["data"]),
+                "ranker_versions": rankers,
+                "code_version": manifest["code_version"],
+                "config": json.dumps(manifest["train_config"]),
+                "epochs": len(manifest["history"]),
+                "best_epoch": manifest["best_epoch"],
+                "validation_loss": best["validation_loss"],
+                "validation_logmae": best["validation_logmae"],
+                "promoted": False,
+                "scored_data": record.rows,
+            }
+        )
+    return pl.DataFrame(rows, schema_overrides={"ranker_versions": pl.List(pl.String)})

@@ -1,0 +1,161 @@
+"""Records of trainings: what they hold, and that with them another machine has the same results without training."""
+
+import shutil
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from mtmd_assets import study, training_record
+from mtmd_assets.assets import experiment_scoring, experiments
+from mtmd_assets.faults import Withheld
+from mtmd_assets.home import Site
+from mtmd_model import checkpoint
+from tests.studied import DAYS, OF_DAY, TRAINED, quiet
+from tests.worlds import Runner, query, show_failure
+
+
+def copied(studied: Any, folder: Path) -> Site:
+    """A home of its own with what the study has built, its trainings' folders gone."""
+    shutil.copytree(studied.site.folder.parent, folder / "home")
+    site = Site(studied.site.platform, folder / "home" / "adworld")
+    for weights in (site.folder / "experiments").glob("*/"):
+        shutil.rmtree(weights)
+    return site
+
+
+def forget(site: Site) -> None:
+    """Remove what was published of experiments, and the records."""
+    shutil.rmtree(site.folder / "experiments")
+    for table in (*experiment_scoring.TABLES, "improvement_results"):
+        for day in DAYS:
+            site.warehouse.path(table, day).unlink(missing_ok=True)
+
+
+def trained_anew(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the trainings that are run from now on, none of which trains."""
+    names: list[str] = []
+    monkeypatch.setattr(experiments, "train_all", lambda jobs, workers, log: names.extend(job.name for job in jobs))
+    return names
+
+
+def results(site: Site, folder: Path, records: Path | None, models: tuple[str, ...] = TRAINED) -> Path:
+    runner = Runner(site)
+
+    def run(job, first, last=None, only=(), config=None):
+        result = runner.run(job, first, last, only, config)
+        assert result.success, show_failure(result)
+
+    document = folder / "results.md"
+    assert study.results(site, models, document, run, quiet, records=records) == 0
+    return document
+
+
+def test_a_record_has_what_the_model_predicts_and_nothing_of_the_log(studied):
+    with studied.site.warehouse.connect() as con:
+        rows = con.execute("FROM joined_examples WHERE ds = ? ORDER BY impression_id", [DAYS[0]]).to_arrow_table()
+        models = con.execute("SELECT model, model_version, scored_data FROM experiment_models WHERE ds = ?", [DAYS[0]])
+        published = models.fetchall()
+    assert len(published) == 2 * len(OF_DAY[DAYS[0]])
+    for model, version, rows_hash in published:
+        folder = studied.site.folder / "experiments" / version
+        record = training_record.read(training_record.path_of(folder))
+        loaded = checkpoint.load(folder)
+        for task, p in loaded.predict(rows).items():
+            np.testing.assert_array_equal(record.probabilities[task], p.astype(np.float32))
+        assert record.rows == rows_hash
+        assert {(r["tower"], r["domain"]) for r in record.routing} == (
+            {(side, d) for side in ("query", "item") for d in loaded.schema.domains(side)} if model == "mtmd" else set()
+        )
+        assert {*record.manifest, *training_record.LEFT_OUT} == set(loaded.manifest)
+        columns = pq.read_schema(training_record.path_of(folder))
+        assert {f.name: str(f.type) for f in columns} == dict.fromkeys(studied.site.platform.task_names, "float")
+        assert str(studied.site.folder) not in str(columns.metadata), "nothing of the machine"
+
+
+def test_published_is_what_the_record_says(studied):
+    [(version,)] = query(
+        studied, "SELECT model_version FROM experiment_models WHERE ds = ? AND model = 'mtmd' AND seed = 1", DAYS[0]
+    )
+    record = training_record.read(training_record.path_of(studied.site.folder / "experiments" / version))
+    for task, p in record.probabilities.items():
+        found = query(
+            studied,
+            "SELECT probability FROM experiment_predictions WHERE model_version = ? AND task = ? ORDER BY impression_id",
+            version,
+            task,
+        )
+        assert [x for (x,) in found] == p[~np.isnan(p)].tolist()
+
+
+def test_with_records_another_machine_has_the_same_results_without_training(studied, tmp_path, monkeypatch, capsys):
+    shared = tmp_path / "shared"
+    ours = copied(studied, tmp_path / "ours")
+    names = trained_anew(monkeypatch)
+    first = results(ours, tmp_path / "ours", shared)
+    assert first.read_text() == studied.document.read_text()
+    trainings = sum(2 * len(models) for models in OF_DAY.values())
+    assert len(list((shared / "adworld").iterdir())) == trainings
+    capsys.readouterr()
+
+    theirs = copied(studied, tmp_path / "theirs")
+    forget(theirs)
+    second = results(theirs, tmp_path / "theirs", shared)
+    assert second.read_text() == studied.document.read_text()
+    assert names == []
+    said = capsys.readouterr().out
+    assert f"{trainings} trainings' records taken from {shared}" in said
+    assert "0 put there" in said
+
+
+def test_what_records_lack_is_trained(studied, tmp_path, monkeypatch):
+    site = copied(studied, tmp_path)
+    version = "SELECT model_version FROM experiment_models WHERE (ds, model, seed) = (?, 'slice_towers', 1)"
+    with site.warehouse.connect() as con:
+        [(lost,)] = con.execute(version, [DAYS[1]]).fetchall()
+    training_record.path_of(site.folder / "experiments" / lost).unlink()
+    names = trained_anew(monkeypatch)
+    windows = {day: site.platform.window(date.fromordinal(day.toordinal() - 1)) for day in DAYS}
+    with pytest.raises(FileNotFoundError):  # nothing was trained, nor did it say that it diverged
+        experiments.train_models(site, windows, ["mtmd", "slice_towers"], [0, 1], 1, lambda line: None)
+    assert names == [lost]
+
+
+def test_a_record_of_other_rows_is_made_again(studied, tmp_path):
+    folder = tmp_path / "home"
+    shutil.copytree(studied.site.folder.parent, folder)
+    site = Site(studied.site.platform, folder / "adworld")
+    with site.warehouse.connect() as con:
+        [(version,)] = con.execute(
+            "SELECT model_version FROM experiment_models WHERE (ds, model, seed) = (?, 'mtmd', 0)", [DAYS[0]]
+        ).fetchall()
+    weights = site.folder / "experiments" / version
+    before = training_record.read(training_record.path_of(weights))
+    file = site.warehouse.path("joined_examples", DAYS[0])
+    pl.read_parquet(file).head(100).write_parquet(file)
+    assert not training_record.is_of(weights, experiment_scoring.rows_of(site, DAYS[0]))
+    window = site.platform.window(date.fromordinal(DAYS[0].toordinal() - 1))
+    trained = [experiment_scoring.Trained("mtmd", 0, version, weights)]
+    experiment_scoring.score_day(site, window, DAYS[0], trained, "again", lambda line: None)
+    after = training_record.read(training_record.path_of(weights))
+    assert after.rows != before.rows
+    assert {len(p) for p in after.probabilities.values()} == {100}
+    assert after.manifest == before.manifest
+
+
+@pytest.mark.parametrize("content", ["", "no parquet", None])
+def test_a_file_that_is_no_record_is_named(tmp_path, content):
+    path = tmp_path / "2026-01-03-mtmd-0-0123456789.parquet"
+    if content is None:
+        pl.DataFrame({"ctr": [0.5]}).write_parquet(path)
+    else:
+        path.write_text(content)
+    for reading in (training_record.read, training_record.manifest_of):
+        with pytest.raises(
+            Withheld, match=r"2026-01-03-mtmd-0-0123456789.parquet cannot be read as a training's record"
+        ):
+            reading(path)
