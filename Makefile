@@ -32,8 +32,8 @@ sql: .venv/ready ## A DuckDB prompt on the tables, or one query: make sql Q="FRO
 scoreboard: .venv/ready ## LogMAE by slice and task, of every evaluated day
 	@$(BIN)/mtmd scoreboard --platform $(PLATFORM)
 
-results: .venv/ready ## MTMD against its contenders and ablations, into docs/results.md: MODELS=contenders for these alone, SEEDS=2, RECORDS=folder
-	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(RECORDS),--records "$(RECORDS)")
+results: .venv/ready ## MTMD against its contenders and ablations, into docs/results.md: MODELS=contenders for these alone, SEEDS=2
+	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
 tune: .venv/ready ## The search behind the settings of MTMD and its contenders; one change alone, on every tuning day with two seeds: TRY="max_epochs=45" MODELS=mtmd
 	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(TRY),--try "$(TRY)")

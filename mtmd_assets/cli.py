@@ -64,12 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.choices["results"].add_argument(
         "--seeds", type=int, help="how many of each model, at least; what the platform file says unless given"
     )
-    commands.choices["results"].add_argument(
-        "--records",
-        type=Path,
-        metavar="FOLDER",
-        help="what trainings predicted: those that are there are not trained again, others are put there",
-    )
     commands.choices["tune"].add_argument(
         "--try",
         dest="tries",
@@ -99,15 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             return demo(home, options.platform, options.data)
         if options.command == "results":
-            return results(
-                home,
-                options.platform,
-                options.models,
-                options.document,
-                options.data,
-                options.seeds,
-                options.records,
-            )
+            return results(home, options.platform, options.models, options.document, options.data, options.seeds)
         if options.command == "tune":
             return tune(home, options.platform, options.models, options.document, options.data, options.tries)
         if options.command == "backfill":
@@ -222,13 +208,7 @@ def _require_folder(platform: Platform) -> None:
 
 
 def results(
-    home: Home,
-    platform: str,
-    models: str,
-    document: Path,
-    data: str | None = None,
-    seeds: int | None = None,
-    records: Path | None = None,
+    home: Home, platform: str, models: str, document: Path, data: str | None = None, seeds: int | None = None
 ) -> int:
     """Compare models of a platform, which is registered first if its data is given; see `study.results`."""
     from mtmd_assets import study
@@ -236,7 +216,7 @@ def results(
     chosen = study.chosen(models)
     site = _site(home, platform, data)
     with _jobs(home, site) as run:
-        return study.results(site, chosen, document, run, _step, seeds, records)
+        return study.results(site, chosen, document, run, _step, seeds)
 
 
 def tune(

@@ -67,27 +67,16 @@ def build_days(site: Site, first: date, last: date, run: Run, step: Step) -> Non
             run("data", start, last)
 
 
-def results(
-    site: Site,
-    models: Sequence[str],
-    document: Path,
-    run: Run,
-    step: Step,
-    seeds: int | None = None,
-    records: Path | None = None,
-) -> int:
+def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, seeds: int | None = None) -> int:
     """Train and score every model on its evaluation days, compare them, write the document, print the headline.
 
     Args:
         seeds: how many of each model, at least; what the platform file says if None.
-        records: a folder of trainings' records (`training_record`): what is there is not trained again, what is trained is
-            put there.
 
     Raises:
         PlatformError: no model beside mtmd, fewer than one seed, a document that is not of results, an evaluation day that
             has not ended, or as `evaluation_days`.
     """
-    from mtmd_assets import training_record
     from mtmd_assets.assets.experiments import op_name
     from mtmd_assets.assets.improvements import compared_days
     from mtmd_assets.results import comparison
@@ -109,8 +98,6 @@ def results(
     if idle:
         print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
     build_days(site, site.platform.window(days[0] - timedelta(1))[0], days[-1], run, step)
-    if records is not None:
-        print(f"{training_record.take(site, records)} trainings' records taken from {records}", flush=True)
     # what is compared first is written down first, for the ablations take the longest
     for group in (CONTENDERS, ABLATIONS):
         chosen = [m for m in others if m in group and m not in idle]
@@ -121,8 +108,6 @@ def results(
         with step(f"train {1 + len(chosen)} models with {seeds} seeds, score {first} to {last}"):
             config = {"models": ["mtmd", *chosen], "seeds": seeds}
             run("experiments", first, last, config={"ops": {op_name(site): {"config": config}}})
-        if records is not None:
-            print(f"{training_record.share(site, records, first, last)} put there", flush=True)
         with step("compare"):
             run("improvements", days[-1])
         write_sections(document, comparison(site, last))

@@ -1,18 +1,17 @@
-"""What an experiment's training predicts of its evaluation day, and its manifest: one small file beside its folder.
+"""What an experiment's training predicts of its evaluation day, and how it was trained: a small file beside its folder.
 
-With it a training can be compared without its weights, on any machine that has the same rows. Its name has the hash of code,
-data and settings (`training_pool.TrainJob.name`), so that it stands for the training that anyone would make of these;
-it holds no id, score or vocabulary, only probabilities in the order of the rows.
+With it a training is compared without its weights. It has the training's name, which is a hash of code, data and settings
+(`training_pool.TrainJob`), so that a copy of it in another home counts there as the training itself; another kind of
+processor would have given numbers a little different. Of the log it has no id, no score and no vocabulary, but statistics
+of dense features and numbers of rows by domain.
 
 Shapes: N rows of the day.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +19,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtmd_assets.faults import Withheld
-from mtmd_assets.home import Site
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ABOUT = b"mtmd"
 """The key of the file's metadata that holds what is no column."""
-LEFT_OUT = ("encoder", "train_files", "validation_files")
-"""Of a manifest: vocabularies, which are the log's, and where its files lie on the machine that it was trained on."""
+KEPT = (
+    "schema",
+    "train_config",
+    "code_version",
+    "data",
+    "rows",
+    "params",
+    "history",
+    "best_epoch",
+    "normalisation",
+)
+"""Entries of a manifest."""
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
     """A training on its evaluation day."""
 
-    rows: str
+    scored_data: str
     """A hash of the rows that it was scored on."""
     manifest: Mapping[str, Any]
-    """As `mtmd_model.checkpoint` wrote it, without `LEFT_OUT`."""
+    """`KEPT` of what `mtmd_model.train` wrote."""
     routing: Sequence[Mapping[str, Any]]
-    """Who its routers use (`mtmd_model.routing`); nothing of a model without."""
+    """Who its routers use (`mtmd_model.routing`); empty of a model without."""
     probabilities: Mapping[str, NDArray[np.float32]]
     """Task -> (N,) P(task | impression) by `impression_id`; NaN where the task does not exist."""
 
@@ -50,34 +58,26 @@ def path_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.parquet")
 
 
-def is_of(folder: Path, rows: str) -> bool:
-    """Whether there is a record of a training on these rows.
+def is_of(folder: Path, scored_data: str) -> bool:
+    """Whether the training of a folder has a record, on the rows of a hash.
 
     Raises:
-        Withheld: as `manifest_of`.
+        Withheld: as `read`.
     """
     path = path_of(folder)
-    return path.is_file() and _about(path)["rows"] == rows
+    return path.is_file() and _about(path)["scored_data"] == scored_data
 
 
-def manifest_of(path: Path) -> dict[str, Any]:
-    """The manifest in a record.
-
-    Raises:
-        Withheld: a file that is none, by its name.
-    """
-    return dict(_about(path)["manifest"])
-
-
-def read(path: Path) -> TrainingRecord:
-    """A record.
+def read(folder: Path) -> TrainingRecord:
+    """The record of the training of a folder.
 
     Raises:
-        Withheld: as `manifest_of`.
+        Withheld: a file that cannot be read, by its name.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path = path_of(folder)
     about = _about(path)
     try:
         table = pq.read_table(path, partitioning=None)
@@ -86,73 +86,54 @@ def read(path: Path) -> TrainingRecord:
     return TrainingRecord(**about, probabilities={name: table[name].to_numpy() for name in table.column_names})
 
 
-def record(folder: Path, rows: "pa.Table", rows_hash: str, *, routing: bool) -> TrainingRecord:
-    """A training's record of these rows; made by its weights if there is none.
+def read_or_make(folder: Path, rows: "pa.Table", scored_data: str, *, routing: bool) -> TrainingRecord:
+    """A training's record of these rows, made by its weights if there is none.
 
     Args:
         folder: of its weights.
         rows: the evaluation day's examples by `impression_id`.
-        rows_hash: of them.
+        scored_data: a hash of them.
         routing: whether the model has routers to tell of.
 
     Raises:
-        FileNotFoundError: neither record nor weights.
-        Withheld: as `manifest_of`.
+        Withheld: neither a record of these rows nor weights; or as `read`.
         ValueError: as `mtmd_model.checkpoint.load`.
     """
     from mtmd_model import checkpoint
 
-    if not is_of(folder, rows_hash):
+    if not is_of(folder, scored_data):
+        if not folder.is_dir():
+            raise Withheld(
+                f"{path_of(folder)} is of other rows than the day has now, and its weights are not here: run again to train it"
+            )
         model = checkpoint.load(folder)
-        manifest = {name: entry for name, entry in model.manifest.items() if name not in LEFT_OUT}
+        manifest = {name: model.manifest[name] for name in KEPT}
         probabilities = {task: p.astype(np.float32) for task, p in model.predict(rows).items()}
         _write(
             path_of(folder),
-            TrainingRecord(rows_hash, manifest, model.routing(rows) if routing else [], probabilities),
+            TrainingRecord(scored_data, manifest, model.routing(rows) if routing else [], probabilities),
         )
-    return read(path_of(folder))
+    return read(folder)
 
 
-def share(site: Site, shared: Path, first: date, last: date) -> int:
-    """Put the records of what is published of some evaluation days where other machines find them; returns how many were
-    not there.
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What a training's record, or its folder, says of how it was trained; None where both have gone.
 
-    Args:
-        shared: a folder for all platforms.
-        first: evaluation day.
-        last: evaluation day.
+    Raises:
+        Withheld: as `read`.
     """
-    with site.warehouse.connect() as con:
-        published = con.execute(
-            "SELECT model_version FROM experiment_models WHERE ds BETWEEN ? AND ?", [first, last]
-        ).fetchall()
-    records = [path_of(site.folder / "experiments" / version) for (version,) in published]
-    return _copy([path for path in records if path.is_file()], shared / site.platform.name)
+    path, written = path_of(folder), folder / "manifest.json"
+    if path.is_file():
+        return dict(_about(path)["manifest"])
+    return dict(json.loads(written.read_text())) if written.is_file() else None
 
 
-def take(site: Site, shared: Path) -> int:
-    """Put what others have shared where this home looks for its own; returns how many it did not have."""
-    return _copy(list((shared / site.platform.name).glob("*.parquet")), site.folder / "experiments")
-
-
-def _copy(files: Sequence[Path], target: Path) -> int:
-    """Copy what is not there yet, each file in one step."""
-    missing = [path for path in files if not (target / path.name).exists()]
-    if missing:
-        target.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        part = target / f".{path.name}.{os.getpid()}.part"
-        shutil.copyfile(path, part)
-        part.replace(target / path.name)
-    return len(missing)
-
-
-def _write(path: Path, made: TrainingRecord) -> None:
+def _write(path: Path, record: TrainingRecord) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    about = {"rows": made.rows, "manifest": made.manifest, "routing": made.routing}
-    table = pa.table(dict(made.probabilities)).replace_schema_metadata({ABOUT: json.dumps(about)})
+    about = {"scored_data": record.scored_data, "manifest": record.manifest, "routing": record.routing}
+    table = pa.table(dict(record.probabilities)).replace_schema_metadata({ABOUT: json.dumps(about)})
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     pq.write_table(table, part, compression="zstd", use_dictionary=False)
     part.replace(path)
@@ -164,7 +145,7 @@ def _about(path: Path) -> dict[str, Any]:
 
     try:
         about = json.loads((pq.read_schema(path).metadata or {})[ABOUT])
-        return {name: about[name] for name in ("rows", "manifest", "routing")}
+        return {name: about[name] for name in ("scored_data", "manifest", "routing")}
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as e:
         raise _unreadable(path, e) from e
 

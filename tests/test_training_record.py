@@ -1,4 +1,4 @@
-"""Records of trainings: what they hold, and that with them another machine has the same results without training."""
+"""Records of trainings: what they hold, and that with them another home has the same results without training."""
 
 import shutil
 from datetime import date
@@ -42,7 +42,8 @@ def trained_anew(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def results(site: Site, folder: Path, records: Path | None, models: tuple[str, ...] = TRAINED) -> Path:
+def results(site: Site, folder: Path) -> str:
+    """The document of all of `TRAINED`."""
     runner = Runner(site)
 
     def run(job, first, last=None, only=(), config=None):
@@ -50,37 +51,39 @@ def results(site: Site, folder: Path, records: Path | None, models: tuple[str, .
         assert result.success, show_failure(result)
 
     document = folder / "results.md"
-    assert study.results(site, models, document, run, quiet, records=records) == 0
-    return document
+    assert study.results(site, TRAINED, document, run, quiet) == 0
+    return document.read_text()
 
 
-def test_a_record_has_what_the_model_predicts_and_nothing_of_the_log(studied):
+def test_a_record_has_what_the_model_predicts_and_no_id_of_the_log(studied):
     with studied.site.warehouse.connect() as con:
         rows = con.sql(f"FROM joined_examples WHERE ds = '{DAYS[0]}' ORDER BY impression_id").to_arrow_table()
         models = con.execute("SELECT model, model_version, scored_data FROM experiment_models WHERE ds = ?", [DAYS[0]])
         published = models.fetchall()
     assert len(published) == 2 * len(OF_DAY[DAYS[0]])
-    for model, version, rows_hash in published:
+    for model, version, scored_data in published:
         folder = studied.site.folder / "experiments" / version
-        record = training_record.read(training_record.path_of(folder))
+        record = training_record.read(folder)
         loaded = checkpoint.load(folder)
         for task, p in loaded.predict(rows).items():
             np.testing.assert_array_equal(record.probabilities[task], p.astype(np.float32))
-        assert record.rows == rows_hash
+        assert record.scored_data == scored_data
         assert {(r["tower"], r["domain"]) for r in record.routing} == (
             {(side, d) for side in ("query", "item") for d in loaded.schema.domains(side)} if model == "mtmd" else set()
         )
-        assert {*record.manifest, *training_record.LEFT_OUT} == set(loaded.manifest)
+        assert record.manifest == {name: loaded.manifest[name] for name in training_record.KEPT}
         columns = pq.read_schema(training_record.path_of(folder))
         assert {f.name: str(f.type) for f in columns} == dict.fromkeys(studied.site.platform.task_names, "float")
+        assert len(columns.metadata) == 1
         assert str(studied.site.folder) not in str(columns.metadata), "nothing of the machine"
+        assert "encoder" not in record.manifest, "which has the vocabularies"
 
 
 def test_published_is_what_the_record_says(studied):
     [(version,)] = query(
         studied, "SELECT model_version FROM experiment_models WHERE ds = ? AND model = 'mtmd' AND seed = 1", DAYS[0]
     )
-    record = training_record.read(training_record.path_of(studied.site.folder / "experiments" / version))
+    record = training_record.read(studied.site.folder / "experiments" / version)
     for task, p in record.probabilities.items():
         found = query(
             studied,
@@ -91,25 +94,16 @@ def test_published_is_what_the_record_says(studied):
         assert [x for (x,) in found] == p[~np.isnan(p)].tolist()
 
 
-def test_with_records_another_machine_has_the_same_results_without_training(studied, tmp_path, monkeypatch, capsys):
-    shared = tmp_path / "shared"
+def test_with_records_another_home_has_the_same_results_without_training(studied, tmp_path, monkeypatch):
     names = trained_anew(monkeypatch)
-    ours = copied(studied, tmp_path / "ours")
-    unpublish(ours)
-    first = results(ours, tmp_path / "ours", shared)
-    trainings = sum(2 * len(models) for models in OF_DAY.values())
-    assert len(list((shared / "adworld").iterdir())) == trainings
-    capsys.readouterr()
-
-    theirs = copied(studied, tmp_path / "theirs")
-    unpublish(theirs)
-    shutil.rmtree(theirs.folder / "experiments")
-    second = results(theirs, tmp_path / "theirs", shared)
-    assert second.read_text() == first.read_text()
+    homes = [copied(studied, tmp_path / name) for name in ("ours", "theirs")]
+    for site in homes:
+        unpublish(site)
+    ours, theirs = (results(site, site.folder) for site in homes)
     assert names == []
-    said = capsys.readouterr().out
-    assert f"{trainings} trainings' records taken from {shared}" in said
-    assert "0 put there" in said
+    assert ours == theirs
+    of_study = studied.document.read_text()
+    assert ours[: ours.index("adworld: ablations")] == of_study[: of_study.index("adworld: ablations")]
 
 
 def test_what_records_lack_is_trained(studied, tmp_path, monkeypatch):
@@ -134,28 +128,47 @@ def test_a_record_of_other_rows_is_made_again(studied, tmp_path):
             "SELECT model_version FROM experiment_models WHERE (ds, model, seed) = (?, 'mtmd', 0)", [DAYS[0]]
         ).fetchall()
     weights = site.folder / "experiments" / version
-    before = training_record.read(training_record.path_of(weights))
+    before = training_record.read(weights)
     file = site.warehouse.path("joined_examples", DAYS[0])
     pl.read_parquet(file).head(100).write_parquet(file)
-    assert not training_record.is_of(weights, experiment_scoring.rows_of(site, DAYS[0]))
+    assert not training_record.is_of(weights, experiment_scoring.scored_data_of(site, DAYS[0]))
     window = site.platform.window(date.fromordinal(DAYS[0].toordinal() - 1))
     trained = [experiment_scoring.Trained("mtmd", 0, version, weights)]
     experiment_scoring.score_day(site, window, DAYS[0], trained, "again", lambda line: None)
-    after = training_record.read(training_record.path_of(weights))
-    assert after.rows != before.rows
+    after = training_record.read(weights)
+    assert after.scored_data != before.scored_data
     assert {len(p) for p in after.probabilities.values()} == {100}
     assert after.manifest == before.manifest
+
+    shutil.rmtree(weights)
+    pl.read_parquet(file).head(50).write_parquet(file)
+    with pytest.raises(Withheld, match=f"{version}.parquet is of other rows than the day has now"):
+        experiment_scoring.score_day(site, window, DAYS[0], trained, "again", lambda line: None)
+
+
+def test_how_it_was_trained_is_in_the_record_or_the_folder(studied, tmp_path):
+    [(version,)] = query(
+        studied, "SELECT model_version FROM experiment_models WHERE (ds, model, seed) = (?, 'mtmd', 0)", DAYS[0]
+    )
+    folder = tmp_path / version
+    assert training_record.manifest_of(folder) is None
+    shutil.copytree(studied.site.folder / "experiments" / version, folder)
+    whole = training_record.manifest_of(folder)
+    assert whole is not None
+    shutil.copy(training_record.path_of(studied.site.folder / "experiments" / version), tmp_path)
+    assert training_record.manifest_of(folder) == {name: whole[name] for name in training_record.KEPT}
 
 
 @pytest.mark.parametrize("content", ["", "no parquet", None])
 def test_a_file_that_is_no_record_is_named(tmp_path, content):
-    path = tmp_path / "2026-01-03-mtmd-0-0123456789.parquet"
+    folder = tmp_path / "2026-01-03-mtmd-0-0123456789"
+    path = training_record.path_of(folder)
     if content is None:
         pl.DataFrame({"ctr": [0.5]}).write_parquet(path)
     else:
         path.write_text(content)
     for reading in (training_record.read, training_record.manifest_of):
         with pytest.raises(
-            Withheld, match=r"2026-01-03-mtmd-0-0123456789.parquet cannot be read as a training's record"
+            Withheld, match=r"mtmd-0-0123456789.parquet cannot be read as a training's record, remove it"
         ):
-            reading(path)
+            reading(folder)

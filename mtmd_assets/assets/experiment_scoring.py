@@ -1,11 +1,11 @@
 """Scoring an evaluation day by the models of an experiment, and which of the published ones still count."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sql
 from mtmd_assets import training_record
@@ -16,7 +16,6 @@ from mtmd_assets.contenders import MODELS, change_of
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
 from mtmd_assets.training_pool import TrainJob, training_jobs
-from mtmd_assets.training_record import TrainingRecord
 from mtmd_model.metrics import FLOOR
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def score_day(
     with site.warehouse.stage(run_id) as stage, site.warehouse.connect() as con:
         create_evaluated(con, platform, site.warehouse, day)
         scored = scored_data(con)
-        records = _score(con, trained, scored)
+        manifests, routing = _score(con, trained, scored)
         con.execute(f"CREATE TEMP VIEW predicted AS FROM of_models WHERE model_version = '{trained[0].version}'")
         create_scored(con, window[0], window[-1], "of_models")
         kept = _kept(con, site, day, scored, trained, log)
@@ -86,18 +85,13 @@ def score_day(
             {"floor": FLOOR},
         )
         rankers, _ = window_source(con, window)
-        con.register("trained", _model_rows(trained, records, window, rankers))
+        con.register("trained", _model_rows(trained, manifests, window, rankers, scored))
         stage.write(
             con,
             "experiment_models",
             day,
             f"FROM trained UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_models WHERE {others}",
         )
-        routing = [
-            {"seed": t.seed, "model_version": t.version, **row}
-            for t, record in zip(trained, records, strict=True)
-            for row in record.routing
-        ]
         con.register("routed", pa.Table.from_pylist(routing))
         stage.write(
             con,
@@ -159,35 +153,42 @@ def scored_data(con: "DuckDBPyConnection") -> str:
     return f"{found or 0:x}"
 
 
-def rows_of(site: Site, day: date) -> str:
+def scored_data_of(site: Site, day: date) -> str:
     """`scored_data` of a day."""
     with site.warehouse.connect() as con:
         create_evaluated(con, site.platform, site.warehouse, day)
         return scored_data(con)
 
 
-def _score(con: "DuckDBPyConnection", trained: Sequence[Trained], scored: str) -> list[TrainingRecord]:
-    """Leave the temp table `of_models`, in the columns of `predictions`; returns the trainings' records."""
+def _score(
+    con: "DuckDBPyConnection", trained: Sequence[Trained], scored: str
+) -> tuple[list[Mapping[str, Any]], list[dict[str, Any]]]:
+    """Leave the temp table `of_models`, in the columns of `predictions`; returns the trainings' manifests, and the routing of
+    mtmd's seeds."""
     rows = con.sql("FROM evaluated ORDER BY impression_id").to_arrow_table()
-    records = []
+    manifests, routing = list[Mapping[str, Any]](), list[dict[str, Any]]()
     for n, t in enumerate(trained):
-        record = training_record.record(t.folder, rows, scored, routing=t.model == "mtmd")
+        record = training_record.read_or_make(t.folder, rows, scored, routing=t.model == "mtmd")
         con.register("of_one", predictions(record.probabilities, t.model, t.version, t.seed, rows))
         con.execute(f"{'INSERT INTO of_models' if n else 'CREATE TEMP TABLE of_models AS'} FROM of_one")
         con.unregister("of_one")
-        records.append(record)
-    return records
+        manifests.append(record.manifest)
+        routing += [{"seed": t.seed, "model_version": t.version, **row} for row in record.routing]
+    return manifests, routing
 
 
 def _model_rows(
-    trained: Sequence[Trained], records: Sequence[TrainingRecord], window: Sequence[date], rankers: Sequence[str]
+    trained: Sequence[Trained],
+    manifests: Sequence[Mapping[str, Any]],
+    window: Sequence[date],
+    rankers: Sequence[str],
+    scored: str,
 ) -> "pl.DataFrame":
     """Rows of `experiment_models`, from the trainings' manifests."""
     import polars as pl
 
     rows = []
-    for t, record in zip(trained, records, strict=True):
-        manifest = record.manifest
+    for t, manifest in zip(trained, manifests, strict=True):
         best = manifest["history"][manifest["best_epoch"]]
         rows.append(
             {
@@ -208,7 +209,7 @@ def _model_rows(
                 "validation_loss": best["validation_loss"],
                 "validation_logmae": best["validation_logmae"],
                 "promoted": False,
-                "scored_data": record.rows,
+                "scored_data": scored,
             }
         )
     return pl.DataFrame(rows, schema_overrides={"ranker_versions": pl.List(pl.String)})

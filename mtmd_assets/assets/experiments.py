@@ -13,13 +13,13 @@ from pydantic import Field
 
 from mtmd_assets import training_record
 from mtmd_assets.assets.common import DayReport, Done, Result, asset_key, daily_partitions, printed_log
-from mtmd_assets.assets.experiment_scoring import TABLES, Trained, jobs_of, rows_of, score_day
+from mtmd_assets.assets.experiment_scoring import TABLES, Trained, jobs_of, score_day, scored_data_of
 from mtmd_assets.assets.training import verify_window
 from mtmd_assets.contenders import CONTENDERS, MODELS
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.runs import sign
-from mtmd_assets.training_pool import train_all
+from mtmd_assets.training_pool import TrainJob, train_all
 
 
 class ExperimentConfig(dg.Config):
@@ -103,7 +103,11 @@ def run_experiments(context: dg.AssetExecutionContext, site: Site, config: Exper
         if not any(t.model == "mtmd" for t in trained[day]):
             report.fail(day, Withheld(f"every training of mtmd on the window to {window[-1]} diverged"))
             continue
-        metadata = score_day(site, window, day, trained[day], context.run.run_id, log)
+        try:
+            metadata = score_day(site, window, day, trained[day], context.run.run_id, log)
+        except Withheld as e:
+            report.fail(day, e)
+            continue
         seen = {"models": ", ".join(models), "seeds": len(seeds)}
         report.add(day, [Done({table: {**seen, **of_table} for table, of_table in metadata.items()})])
 
@@ -122,13 +126,7 @@ def train_models(
     jobs = {
         day: jobs_of(site, window, [(m, seed) for seed in seeds for m in models]) for day, window in windows.items()
     }
-    recorded = {
-        job.name
-        for day, of_day in jobs.items()
-        for rows in [rows_of(site, day)]
-        for job in of_day.values()
-        if training_record.is_of(job.folder, rows)
-    }
+    recorded = {name for day, of_day in jobs.items() for name in _recorded(site, day, list(of_day.values()))}
     # seed by seed, so that what an interrupted run leaves is whole tables of fewer seeds
     every = [jobs[day][model, seed] for seed in seeds for day in windows for model in models]
     todo = [job for job in every if not (job.finished or job.name in recorded)]
@@ -142,3 +140,10 @@ def train_models(
         day: [Trained(model, seed, job.name, job.folder) for (model, seed), job in of_day.items() if job.name in usable]
         for day, of_day in jobs.items()
     }
+
+
+def _recorded(site: Site, day: date, jobs: Sequence[TrainJob]) -> list[str]:
+    """Names of the trainings that have a record of the day's rows as they are now."""
+    candidates = [job for job in jobs if training_record.path_of(job.folder).is_file()]
+    scored = scored_data_of(site, day) if candidates else ""
+    return [job.name for job in candidates if training_record.is_of(job.folder, scored)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from mtmd_assets.assets.common import asset_key, daily_partitions, preview, printed_log
-from mtmd_assets.assets.experiment_scoring import Trained, current_models, rows_of
+from mtmd_assets.assets.experiment_scoring import Trained, current_models, scored_data_of
 from mtmd_assets.contenders import ABLATIONS, MODELS
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
@@ -114,7 +114,7 @@ def _scored(site: Site, day: date) -> tuple[list[Trained], str]:
     """The current models of a day, and a hash of what they were scored on; none where it is not published."""
     if not site.warehouse.published("joined_examples", day):
         return [], ""
-    scored = rows_of(site, day)
+    scored = scored_data_of(site, day)
     with site.warehouse.connect() as con:
         return current_models(con, site, day, scored), scored
 

@@ -1,7 +1,7 @@
 """`docs/results.md`: what the experiments' tables say, in words and tables that a person can check with SQL.
 
 No model is judged here: it reads `improvement_results`, `experiment_models`, `slice_metrics`, `trials`, the routing table and
-the models' manifests of one platform, and rewrites that platform's sections of the document: the contenders, the
+the trainings' records of one platform, and rewrites that platform's sections of the document: the contenders, the
 ablations, the search. A section of which this home has no tables stays as it was: each says what it is of.
 """
 

@@ -69,9 +69,8 @@ def jumped(site: Site, versions: Collection[str]) -> str:
 
 
 def manifest_of(site: Site, version: str) -> dict[str, Any] | None:
-    """A trained model's; None where its record has gone."""
-    path = training_record.path_of(site.folder / "experiments" / version)
-    return training_record.manifest_of(path) if path.is_file() else None
+    """How a model was trained; None where neither its record nor its folder is there."""
+    return training_record.manifest_of(site.folder / "experiments" / version)
 
 
 def _settings(config: dict[str, Any]) -> str:
