@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 ABOUT = b"mtmd"
 """The key of the file's metadata that holds what is no column."""
 KEPT = (
-    "schema",
     "train_config",
     "code_version",
     "data",
@@ -133,9 +132,13 @@ def _write(path: Path, record: TrainingRecord) -> None:
     import pyarrow.parquet as pq
 
     about = {"scored_data": record.scored_data, "manifest": record.manifest, "routing": record.routing}
-    table = pa.table(dict(record.probabilities)).replace_schema_metadata({ABOUT: json.dumps(about)})
+    table = pa.table(dict(record.probabilities))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    pq.write_table(table, part, compression="zstd", use_dictionary=False)
+    # small: no Arrow schema beside Parquet's, which would hold the metadata again; a number's like bytes together
+    options: dict[str, Any] = {"store_schema": False, "use_dictionary": False, "use_byte_stream_split": True}
+    with pq.ParquetWriter(part, table.schema, compression="zstd", **options) as file:
+        file.write_table(table)
+        file.add_key_value_metadata({ABOUT: json.dumps(about)})
     part.replace(path)
 
 
@@ -144,7 +147,7 @@ def _about(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     try:
-        about = json.loads((pq.read_schema(path).metadata or {})[ABOUT])
+        about = json.loads((pq.read_metadata(path).metadata or {})[ABOUT])
         return {name: about[name] for name in ("scored_data", "manifest", "routing")}
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as e:
         raise _unreadable(path, e) from e

@@ -207,7 +207,6 @@ def test_parameters_and_weights_are_those_trained_with(studied):
     with studied.site.warehouse.connect() as con:
         text = trainings.parameters_section(con, studied.site, DAYS[0], DAYS[-1])
     assert "Weights of the tasks in everybody's loss: ctr 2, gctr 1, octr 1, cvr 8." in text
-    assert trainings._task_weights(studied.site, ["a version whose record is gone"]) == ""
     counts = dict(query(studied, "SELECT model, (embedding_params, dense_params) FROM experiment_models"))
     embedding, dense = (a / b for a, b in zip(counts["mtmd"], counts["slice_towers"], strict=True))
     assert f"MTMD has {embedding:.2g} times the embedding parameters" in text

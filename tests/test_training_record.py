@@ -72,10 +72,12 @@ def test_a_record_has_what_the_model_predicts_and_no_id_of_the_log(studied):
             {(side, d) for side in ("query", "item") for d in loaded.schema.domains(side)} if model == "mtmd" else set()
         )
         assert record.manifest == {name: loaded.manifest[name] for name in training_record.KEPT}
-        columns = pq.read_schema(training_record.path_of(folder))
-        assert {f.name: str(f.type) for f in columns} == dict.fromkeys(studied.site.platform.task_names, "float")
-        assert len(columns.metadata) == 1
-        assert str(studied.site.folder) not in str(columns.metadata), "nothing of the machine"
+        file = pq.ParquetFile(training_record.path_of(folder))
+        assert {f.name: str(f.type) for f in file.schema_arrow} == dict.fromkeys(
+            studied.site.platform.task_names, "float"
+        )
+        assert file.metadata.metadata.keys() == {training_record.ABOUT}
+        assert str(studied.site.folder) not in str(file.metadata.metadata), "nothing of the machine"
         assert "encoder" not in record.manifest, "which has the vocabularies"
 
 

@@ -9,9 +9,9 @@ from mtmd_assets.faults import PlatformError
 TITLE = "# Results"
 HEAD = f"""{TITLE}
 
-Three sections a platform: contenders and ablations, by `make results PLATFORM=…`, and the search, by `make tune`. Every
-number was in the tables of the home that it was run in or in its models' manifests; a section that a run has nothing new for
-is left as an earlier one wrote it.
+Sections of a platform: contenders and ablations, by `make results PLATFORM=…`, and the search of each model, by `make tune`.
+Every number was in the tables of the home that it was run in or in its trainings' records; a section that a run has nothing
+new for is left as an earlier one wrote it.
 """
 
 

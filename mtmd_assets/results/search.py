@@ -1,4 +1,4 @@
-"""The section of the search."""
+"""The sections of the search, one a model: a search of one leaves the others' as they are."""
 
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,11 @@ chosen after it, of the shipped platforms: [tuning.md](tuning.md)."""
 
 
 def search(site: Site, trials: "pl.DataFrame") -> dict[str, str]:
-    """Name -> Markdown of the section of the search: a table of trials."""
-    name = site.platform.name
-    trainings = ", ".join(f"{model} {n}" for model, n in sorted(trials["model"].value_counts().iter_rows()))
-    codes = ", ".join(f"`{code_version(model)}` ({model})" for model in sorted(set(trials["model"])))
-    parts = [f"## {name}: the search", f"{SEARCH} Trainings: {trainings}. Code: {codes}.", ranking(trials)]
-    return {f"{name} search": "\n\n".join(parts)}
+    """Name -> Markdown of the section of each model that has trials."""
+    platform = site.platform.name
+    sections = {}
+    for (model,), of_model in trials.group_by("model", maintain_order=True):
+        setting = f"Trainings: {len(of_model)}. Code: `{code_version(str(model))}`."
+        parts = [f"## {platform}: the search of {model}", f"{SEARCH} {setting}", ranking(of_model)]
+        sections[f"{platform} search {model}"] = "\n\n".join(parts)
+    return sections

@@ -29,10 +29,9 @@ def parameters_section(con: "DuckDBPyConnection", site: Site, first: date, last:
         for model, embedding, dense, epoch, config, versions in sorted(rows, key=lambda r: order.get(r[0], 99))
         if model in ("mtmd", *CONTENDERS)
     ]
-    weights = _task_weights(site, [version for row in rows for version in row[-1]])
     counts = {model: (embedding, dense) for model, embedding, dense, *_ in rows}
     words = f"""Parameters (of embedding tables the rows that training has met), the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
-that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{weights}{_beside_slice_towers(counts)}"""
+that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{_task_weights(site)}{_beside_slice_towers(counts)}"""
     return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
 
 
@@ -53,13 +52,10 @@ MTMD has {shares}; the
 paper's has about as many embedding parameters as the models that it replaced, and fewer others."""
 
 
-def _task_weights(site: Site, versions: Collection[str]) -> str:
-    """A sentence: what they were trained with, all alike; nothing where none of their records is there."""
-    for manifest in (manifest_of(site, version) for version in versions):
-        if manifest is not None:
-            weights = ", ".join(f"{task['name']} {task['weight']:g}" for task in manifest["schema"]["tasks"])
-            return f" Weights of the tasks in everybody's loss: {weights}."
-    return ""
+def _task_weights(site: Site) -> str:
+    """A sentence: the weights that all models are trained with alike."""
+    weights = ", ".join(f"{task.name} {task.weight:g}" for task in site.platform.tasks)
+    return f" Weights of the tasks in everybody's loss: {weights}."
 
 
 def jumped(site: Site, versions: Collection[str]) -> str:
