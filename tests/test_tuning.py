@@ -144,9 +144,16 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
     assert "| pooled_towers | main_effects=true | 4 |" in capsys.readouterr().out
     text = searched.document.read_text()
     assert "| pooled_towers | main_effects=true | 4 |" in text
-    assert f"Code: `{model_store.code_version('mtmd')}` (mtmd), `{model_store.code_version('pooled_towers')}`" in text
     with searched.site.warehouse.connect() as con:
         table = tuning.published(con, searched.site.platform)
+    for model, trainings in table["model"].value_counts().iter_rows():
+        section = text[
+            text.index(f"<!-- adworld search {model} -->") : text.index(f"<!-- end of adworld search {model} -->")
+        ]
+        assert f"Trainings: {trainings}. Code: `{model_store.code_version(model)}`." in section
+        rows_of_model = [line for line in section.splitlines() if line.startswith("| ")][1:]
+        assert rows_of_model
+        assert all(line.startswith(f"| {model} |") for line in rows_of_model)
     assert tuning.current(searched.site, table).equals(table)
     monkeypatch.setattr(model_store, "code_version", lambda architecture: "another")
     assert tuning.current(searched.site, table).is_empty(), "trials of other code are not kept"
