@@ -50,6 +50,11 @@ class Site:
         """Where its trained models are kept, a folder a version."""
         return self.folder / "models"
 
+    @property
+    def experiments(self) -> Path:
+        """Where experiments keep theirs: a folder a training, and beside it what it predicted (`training_record`)."""
+        return self.folder / "experiments"
+
 
 class Home:
     """A home folder.

@@ -70,7 +70,7 @@ def training_jobs(
     for label, (change, seed) in trainings.items():
         schema, config = model_schema(platform, change), train_config(platform, change, seed)
         name = f"{window[-1]}-{label}-{_digest(data, schema, config.to_dict())}"
-        folder = site.folder / "experiments" / name
+        folder = site.experiments / name
         jobs[label] = TrainJob(name, schema, tuple(fitted), (stopped_on,), config, folder, manifest)
     return jobs
 

@@ -126,7 +126,7 @@ def test_improvements_equal_a_computation_by_hand(studied):
 
 
 def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
-    folders = sorted((studied.site.folder / "experiments").glob("*/"))
+    folders = sorted(studied.site.experiments.glob("*/"))
     before = {f: (f / "model.safetensors").stat().st_mtime_ns for f in folders}
     config = {"ops": {"adworld_train_and_score": {"config": {"models": ["no_cross"], "seeds": 1}}}}
     studied.run_step("experiments", DAYS[1], config=config)

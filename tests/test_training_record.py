@@ -23,7 +23,7 @@ def copied(studied: Any, folder: Path) -> Site:
     """A home of its own with what the study has built, its trainings' folders gone."""
     shutil.copytree(studied.site.folder.parent, folder / "home")
     site = Site(studied.site.platform, folder / "home" / "adworld")
-    for weights in (site.folder / "experiments").glob("*/"):
+    for weights in site.experiments.glob("*/"):
         shutil.rmtree(weights)
     return site
 
@@ -62,7 +62,7 @@ def test_a_record_has_what_the_model_predicts_and_no_id_of_the_log(studied):
         published = models.fetchall()
     assert len(published) == 2 * len(OF_DAY[DAYS[0]])
     for model, version, scored_data in published:
-        folder = studied.site.folder / "experiments" / version
+        folder = studied.site.experiments / version
         record = training_record.read(folder)
         loaded = checkpoint.load(folder)
         for task, p in loaded.predict(rows).items():
@@ -85,7 +85,7 @@ def test_published_is_what_the_record_says(studied):
     [(version,)] = query(
         studied, "SELECT model_version FROM experiment_models WHERE ds = ? AND model = 'mtmd' AND seed = 1", DAYS[0]
     )
-    record = training_record.read(studied.site.folder / "experiments" / version)
+    record = training_record.read(studied.site.experiments / version)
     for task, p in record.probabilities.items():
         found = query(
             studied,
@@ -113,7 +113,7 @@ def test_what_records_lack_is_trained(studied, tmp_path, monkeypatch):
     version = "SELECT model_version FROM experiment_models WHERE (ds, model, seed) = (?, 'slice_towers', 1)"
     with site.warehouse.connect() as con:
         [(lost,)] = con.execute(version, [DAYS[1]]).fetchall()
-    training_record.path_of(site.folder / "experiments" / lost).unlink()
+    training_record.path_of(site.experiments / lost).unlink()
     names = trained_anew(monkeypatch)
     windows = {day: site.platform.window(date.fromordinal(day.toordinal() - 1)) for day in DAYS}
     with pytest.raises(FileNotFoundError):  # nothing was trained, nor did it say that it diverged
@@ -129,7 +129,7 @@ def test_a_record_of_other_rows_is_made_again(studied, tmp_path):
         [(version,)] = con.execute(
             "SELECT model_version FROM experiment_models WHERE (ds, model, seed) = (?, 'mtmd', 0)", [DAYS[0]]
         ).fetchall()
-    weights = site.folder / "experiments" / version
+    weights = site.experiments / version
     before = training_record.read(weights)
     file = site.warehouse.path("joined_examples", DAYS[0])
     pl.read_parquet(file).head(100).write_parquet(file)
@@ -154,10 +154,10 @@ def test_how_it_was_trained_is_in_the_record_or_the_folder(studied, tmp_path):
     )
     folder = tmp_path / version
     assert training_record.manifest_of(folder) is None
-    shutil.copytree(studied.site.folder / "experiments" / version, folder)
+    shutil.copytree(studied.site.experiments / version, folder)
     whole = training_record.manifest_of(folder)
     assert whole is not None
-    shutil.copy(training_record.path_of(studied.site.folder / "experiments" / version), tmp_path)
+    shutil.copy(training_record.path_of(studied.site.experiments / version), tmp_path)
     assert training_record.manifest_of(folder) == {name: whole[name] for name in training_record.KEPT}
 
 

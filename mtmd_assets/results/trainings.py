@@ -66,7 +66,7 @@ def jumped(site: Site, versions: Collection[str]) -> str:
 
 def manifest_of(site: Site, version: str) -> dict[str, Any] | None:
     """How a model was trained; None where neither its record nor its folder is there."""
-    return training_record.manifest_of(site.folder / "experiments" / version)
+    return training_record.manifest_of(site.experiments / version)
 
 
 def _settings(config: dict[str, Any]) -> str:
