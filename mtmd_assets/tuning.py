@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
+from mtmd_assets import judgement
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, own_settings
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Site
@@ -189,7 +190,7 @@ def tune(
     def run(todo: Sequence[_Trial]) -> None:
         jobs = [_job(site, trial) for trial in todo]
         # two trials may be the same training
-        missing = {job.name: job for job in jobs if not job.finished}
+        missing = {job.name: job for job in jobs if not (job.finished or judgement.is_judged(job))}
         log(f"{len(jobs) - len(missing)} of {len(jobs)} trials are there already")
         train_all(list(missing.values()), workers, log)
         rows.extend(map(_row, todo, jobs))
@@ -272,44 +273,20 @@ def _row(trial: _Trial, job: TrainJob) -> dict[str, Any]:
         "window_start": date.fromisoformat(job.train_files[0].parent.name.removeprefix("ds=")),
         "window_end": trial.day,
     }
-    if not job.trained:
+    if job.diverged.is_file():
         nothing = {"cells": 0, "epochs": 0, "best_epoch": 0, "seconds": 0.0}
         return {**about, "logmae": math.inf, "validation_loss": math.inf, **nothing}
-    manifest = json.loads((job.folder / "manifest.json").read_text())
-    cells, logmae = _judge(job)
+    judged = judgement.read_or_make(job)
+    errors = judged.of_cells(JUDGED_ROWS)
     return {
         **about,
-        "cells": cells,
-        "logmae": logmae,
-        "validation_loss": manifest["history"][manifest["best_epoch"]]["validation_loss"],
-        "epochs": len(manifest["history"]),
-        "best_epoch": manifest["best_epoch"],
-        "seconds": manifest["seconds"]["fit"],
+        "cells": len(errors),
+        "logmae": sum(errors) / len(errors),
+        "validation_loss": judged.validation_loss,
+        "epochs": judged.epochs,
+        "best_epoch": judged.best_epoch,
+        "seconds": judged.seconds,
     }
-
-
-def _judge(job: TrainJob) -> tuple[int, float]:
-    """How many cells have `JUDGED_ROWS`, and the unweighted mean of their LogMAE on the tuning day."""
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    from mtmd_model import checkpoint
-    from mtmd_model.metrics import log_error
-
-    [file] = job.validation_files
-    with pq.ParquetFile(file) as opened:
-        table = opened.read()
-    slices = np.array(
-        [f"{s} {p}" for s, p in zip(table["surface"].to_pylist(), table["product"].to_pylist(), strict=True)]
-    )
-    found = []
-    for task, p in checkpoint.load(job.folder).predict(table).items():
-        t = table[f"score_{task}"].to_numpy().astype(float)
-        for name in np.unique(slices):
-            rows = (slices == name) & ~np.isnan(t) & ~np.isnan(p)
-            if rows.sum() >= JUDGED_ROWS:
-                found.append(log_error(p[rows], t[rows]).mean())
-    return len(found), float(np.mean(found))
 
 
 def published(con: "DuckDBPyConnection", platform: Platform) -> "pl.DataFrame":

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from datetime import date
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -13,7 +15,7 @@ from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.training_pool import train_all
 from tests.studied import DAYS, quiet, small_study
-from tests.worlds import query
+from tests.worlds import copy_of, query
 
 
 def test_changes_of_one_setting_are_not_joined():
@@ -157,6 +159,43 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
     assert tuning.current(searched.site, table).equals(table)
     monkeypatch.setattr(model_store, "code_version", lambda architecture: "another")
     assert tuning.current(searched.site, table).is_empty(), "trials of other code are not kept"
+
+
+def test_a_search_goes_on_in_another_home_by_the_judgements_of_its_trials_alone(searched, tmp_path):
+    study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+    tries = ["dropout=0.2"]
+    trained = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, tries)
+    other = copy_of(searched, tmp_path).site
+    for weights in other.experiments.glob("*/"):
+        shutil.rmtree(weights)
+    said = []
+    assert tuning.tune(other, ["pooled_towers"], 1, said.append, tries).equals(trained)
+    assert said == ["8 of 8 trials are there already"]
+
+    damaged = other.experiments / f"{trained['training'][0]}.json"
+    judged = json.loads(damaged.read_text())
+    for text in (json.dumps(judged)[:-1], json.dumps({**judged, "cells": None}), "[]"):
+        damaged.write_text(text)
+        with pytest.raises(Withheld, match=f"{damaged} cannot be read as a trial's judgement"):
+            tuning.tune(other, ["pooled_towers"], 1, said.append, tries)
+
+
+def test_a_trial_is_judged_by_the_cells_with_enough_rows(searched, monkeypatch):
+    study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+
+    def mean() -> tuple[int, float]:
+        row = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, ["dropout=0.2"]).row(0, named=True)
+        file = searched.site.experiments / f"{row['training']}.json"
+        cells.append([(rows, logmae) for *_, rows, logmae in json.loads(file.read_text())["cells"]])
+        return row["cells"], row["logmae"]
+
+    cells: list[list[tuple[int, float]]] = []
+    assert mean() == (18, pytest.approx(np.mean([logmae for _, logmae in cells[0]])))
+    least = sorted(rows for rows, _ in cells[0])[9]
+    monkeypatch.setattr(tuning, "JUDGED_ROWS", least)
+    large = [logmae for rows, logmae in cells[0] if rows >= least]
+    assert len(large) < 18
+    assert mean() == (len(large), pytest.approx(np.mean(large)))
 
 
 def test_a_trial_that_diverges_comes_last(searched):
