@@ -16,7 +16,7 @@ TINY: dict[str, dict[str, Any]] = {
     "lake": {"rows": 1000, "repetitions": 1, "days": 2},
     "feed": {"rows": 3000, "repetitions": 1},
     "memory": {"rows_a_day": 100, "block_rows": 4096},
-    # some processors multiply bf16 a hundred times slower than fp32
+    # a processor without bf16 products of its own takes minutes for large ones
     "step": {"steps": 1, "repetitions": 1, "preset": "small", "batch": 256, "gemm": 64},
     "peers": {"rows": 4096, "repetitions": 1},
     "serving": {"rows": 1000, "items": 1000, "preset": "small", "width": 8, "repetitions": 1},
