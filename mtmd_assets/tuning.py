@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from mtmd_assets import judgement
+from mtmd_assets import trial_record
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, own_settings
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Site
@@ -190,7 +190,7 @@ def tune(
     def run(todo: Sequence[_Trial]) -> None:
         jobs = [_job(site, trial) for trial in todo]
         # two trials may be the same training
-        missing = {job.name: job for job in jobs if not (job.finished or judgement.is_judged(job))}
+        missing = {job.name: job for job in jobs if not (job.finished or trial_record.exists(job))}
         log(f"{len(jobs) - len(missing)} of {len(jobs)} trials are there already")
         train_all(list(missing.values()), workers, log)
         rows.extend(map(_row, todo, jobs))
@@ -276,16 +276,16 @@ def _row(trial: _Trial, job: TrainJob) -> dict[str, Any]:
     if job.diverged.is_file():
         nothing = {"cells": 0, "epochs": 0, "best_epoch": 0, "seconds": 0.0}
         return {**about, "logmae": math.inf, "validation_loss": math.inf, **nothing}
-    judged = judgement.read_or_make(job)
-    errors = judged.of_cells(JUDGED_ROWS)
+    record = trial_record.read_or_make(job)
+    errors = record.of_cells(JUDGED_ROWS)
     return {
         **about,
         "cells": len(errors),
         "logmae": sum(errors) / len(errors),
-        "validation_loss": judged.validation_loss,
-        "epochs": judged.epochs,
-        "best_epoch": judged.best_epoch,
-        "seconds": judged.seconds,
+        "validation_loss": record.validation_loss,
+        "epochs": record.epochs,
+        "best_epoch": record.best_epoch,
+        "seconds": record.seconds,
     }
 
 

@@ -161,7 +161,7 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
     assert tuning.current(searched.site, table).is_empty(), "trials of other code are not kept"
 
 
-def test_a_search_goes_on_in_another_home_by_the_judgements_of_its_trials_alone(searched, tmp_path):
+def test_a_search_goes_on_in_another_home_by_the_records_of_its_trials_alone(searched, tmp_path):
     study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
     tries = ["dropout=0.2"]
     trained = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, tries)
@@ -176,7 +176,7 @@ def test_a_search_goes_on_in_another_home_by_the_judgements_of_its_trials_alone(
     judged = json.loads(damaged.read_text())
     for text in (json.dumps(judged)[:-1], json.dumps({**judged, "cells": None}), "[]"):
         damaged.write_text(text)
-        with pytest.raises(Withheld, match=f"{damaged} cannot be read as a trial's judgement"):
+        with pytest.raises(Withheld, match=f"{damaged} cannot be read as a trial's record"):
             tuning.tune(other, ["pooled_towers"], 1, said.append, tries)
 
 

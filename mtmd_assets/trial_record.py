@@ -1,4 +1,5 @@
-"""What a trial of the search is judged by: its LogMAE in each cell of its tuning day, in a small file beside its folder.
+"""What a trial of the search is judged by: its LogMAE in each cell of its tuning day, in a small file beside its folder, as
+`training_record` is of an experiment's training.
 
 With it a trial counts as done without its weights, in another home too: its name is a hash of code, data and settings
 (`training_pool.TrainJob`).
@@ -15,7 +16,7 @@ from mtmd_assets.training_pool import TrainJob
 
 
 @dataclass(frozen=True)
-class Judgement:
+class TrialRecord:
     """A trial on the day that it stopped on."""
 
     cells: Sequence[tuple[str, str, str, int, float]]
@@ -33,17 +34,17 @@ class Judgement:
 
 
 def path_of(job: TrainJob) -> Path:
-    """Where the judgement of a trial lies."""
+    """Where the record of a trial lies."""
     return job.folder.with_name(f"{job.name}.json")
 
 
-def is_judged(job: TrainJob) -> bool:
-    """Whether a trial has a judgement."""
+def exists(job: TrainJob) -> bool:
+    """Whether a trial has a record."""
     return path_of(job).is_file()
 
 
-def read_or_make(job: TrainJob) -> Judgement:
-    """A trial's judgement, made by its weights if there is none.
+def read_or_make(job: TrainJob) -> TrialRecord:
+    """A trial's record, made by its weights if there is none.
 
     Raises:
         Withheld: a file that cannot be read, by its name.
@@ -51,19 +52,19 @@ def read_or_make(job: TrainJob) -> Judgement:
     path = path_of(job)
     if not path.is_file():
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(asdict(_judge(job))))
+        part.write_text(json.dumps(asdict(_make(job))))
         part.replace(path)
     try:
         read = json.loads(path.read_text())
-        return Judgement(**{**read, "cells": [tuple(cell) for cell in read["cells"]]})
+        return TrialRecord(**{**read, "cells": [tuple(cell) for cell in read["cells"]]})
     except (OSError, KeyError, TypeError, ValueError) as e:
-        raise Withheld(f"{path} cannot be read as a trial's judgement, remove it: {type(e).__name__}: {e}") from e
+        raise Withheld(f"{path} cannot be read as a trial's record, remove it: {type(e).__name__}: {e}") from e
 
 
-def _judge(job: TrainJob) -> Judgement:
+def _make(job: TrainJob) -> TrialRecord:
     manifest = json.loads((job.folder / "manifest.json").read_text())
     history, best = manifest["history"], manifest["best_epoch"]
-    return Judgement(
+    return TrialRecord(
         list(_cells(job)), history[best]["validation_loss"], len(history), best, manifest["seconds"]["fit"]
     )
 
