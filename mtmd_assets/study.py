@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, is_mtmd
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Site
+
+if TYPE_CHECKING:
+    import polars as pl
 
 Run = Callable[..., None]
 Step = Callable[[str], AbstractContextManager[None]]
@@ -122,7 +125,8 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
 
 
 def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, tries: Sequence[str] = ()) -> int:
-    """Run the search, publish it as `trials` of the last tuning day beside what is there of other models, write and print it.
+    """Run the search, publish each round as `trials` of the last tuning day beside what is there of other models, write it,
+    and print the whole.
 
     Args:
         tries: if any, only these changes, beside what is there of other trials too (`tuning.given`).
@@ -144,16 +148,22 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     if days:
         build_days(site, site.platform.window(days[0])[0], days[-1], run, step)
     with step(f"try {', '.join(models)}"):
-        table: Any = tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True), tries)
-    with site.warehouse.stage() as stage, site.warehouse.connect() as con:
-        con.register("tried", table)
-        which = "(model, trial)" if tries else "model"
-        con.register("published", tuning.current(site, tuning.published(con, site.platform)))
-        others = f"FROM published WHERE {which} NOT IN (SELECT {which} FROM tried)"
-        stage.write(con, "trials", days[-1], f"FROM tried UNION ALL BY NAME {others}")
-        stage.publish()
-    with site.warehouse.connect() as con:
-        trials = tuning.published(con, site.platform)
-    write_sections(document, search(site, trials))
+        for table in tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True), tries):
+            trials = _publish_trials(site, days[-1], table, "(model, trial)" if tries else "model")
+            write_sections(document, search(site, trials))
     print(f"\n{tuning.ranking(trials)}")
     return 0
+
+
+def _publish_trials(site: Site, day: date, tried: "pl.DataFrame", which: str) -> "pl.DataFrame":
+    """Publish trials in place of those published that have the same `which`, a model or a trial of it; all of today's code."""
+    from mtmd_assets import tuning
+
+    with site.warehouse.stage() as stage, site.warehouse.connect() as con:
+        con.register("tried", tried)
+        con.register("published", tuning.current(site, tuning.published(con, site.platform)))
+        others = f"FROM published WHERE {which} NOT IN (SELECT {which} FROM tried)"
+        stage.write(con, "trials", day, f"FROM tried UNION ALL BY NAME {others}")
+        stage.publish()
+    with site.warehouse.connect() as con:
+        return tuning.published(con, site.platform)

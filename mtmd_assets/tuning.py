@@ -10,7 +10,7 @@ hand, MTMD's into `training`, or into `experiments.mtmd` if the daily model is t
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
@@ -162,8 +162,8 @@ def joined(changes: Mapping[str, Mapping[str, Any]], ranked: Sequence[str]) -> d
 
 def tune(
     site: Site, models: Sequence[str], workers: int, log: Callable[[str], None], tries: Sequence[str] = ()
-) -> "pl.DataFrame":
-    """Run the search for some models; one row a trial and tuning day that it got to, in the columns of `trials`.
+) -> "Iterator[pl.DataFrame]":
+    """Run the search for some models; after each round all trials so far, one row a training, in the columns of `trials`.
 
     Args:
         tries: if any, only these changes (`given`) and the start are tried, each on every tuning day with every seed, for
@@ -205,15 +205,18 @@ def tune(
     if tries:
         everywhere = [(day, seed) for day in (last, *others) for seed in SEEDS]
         run([trial(model, name, *when) for when in everywhere for model in models for name in changes[model]])
-        return pl.DataFrame(rows)
+        yield pl.DataFrame(rows)
+        return
     run([trial(model, name, last, SEEDS[0]) for model in models for name in changes[model]])
+    yield pl.DataFrame(rows)
     second = {model: joined(changes[model], ranked(model)) for model in models}
     changes = {model: {**changes[model], **second[model]} for model in models}
     run([trial(model, name, last, SEEDS[0]) for model in models for name in second[model]])
+    yield pl.DataFrame(rows)
     finalists = [(model, name) for model in models for name in _finalists(ranked(model))]
     again = [(day, seed) for day in (last, *others) for seed in SEEDS if (day, seed) != (last, SEEDS[0])]
     run([trial(model, name, day, seed) for day, seed in again for model, name in finalists])
-    return pl.DataFrame(rows)
+    yield pl.DataFrame(rows)
 
 
 def _require_cells(site: Site, day: date) -> None:

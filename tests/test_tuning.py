@@ -79,14 +79,20 @@ def searched(tmp_path_factory: pytest.TempPathFactory):
     return small_study(tmp_path_factory.mktemp("search"))
 
 
+def small_search(patch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+    """Two changes, one finalist beside the start, trainings of one pass; the changes of the first round."""
+    small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
+    changes = {tuning.START: {}, "dropout": {"dropout": 0.5}, "rate": {"learning_rate": 1e-4}}
+    patch.setattr(tuning, "start", lambda platform, model: small)
+    patch.setattr(tuning, "singles", lambda platform, model: changes)
+    patch.setattr(tuning, "FINALISTS", 2)
+    patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
+    return changes
+
+
 def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_and_seed(searched, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        small = {"max_epochs": 1, "batch_size": 2048, "preset": "small", "learning_rate": 2e-3}
-        changes = {tuning.START: {}, "dropout": {"dropout": 0.5}, "rate": {"learning_rate": 1e-4}}
-        patch.setattr(tuning, "start", lambda platform, model: small)
-        patch.setattr(tuning, "singles", lambda platform, model: changes)
-        patch.setattr(tuning, "FINALISTS", 2)
-        patch.setattr(tuning, "train_all", lambda jobs, workers, log: train_all(jobs, 1, log))
+        changes = small_search(patch)
         assert study.tune(searched.site, ["mtmd"], searched.document, searched.run_step, quiet) == 0
         assert study.tune(searched.site, ["pooled_towers"], searched.document, searched.run_step, quiet) == 0, (
             "keeps the trials of mtmd"
@@ -120,6 +126,24 @@ def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_an
     assert of_both == again
     finalist = next(line for line in of_both if line.startswith("| mtmd"))
     assert finalist.split("|")[3].strip() == "4", "the finalist is first, with its four trainings"
+
+
+def test_an_interrupted_search_has_published_the_rounds_that_ended(searched, monkeypatch):
+    changes = small_search(monkeypatch)
+    rounds = []
+
+    def train_one_round(jobs, workers, log):
+        rounds.append(jobs)
+        if len(rounds) > 1:
+            raise KeyboardInterrupt
+        train_all(jobs, 1, log)
+
+    monkeypatch.setattr(tuning, "train_all", train_one_round)
+    with pytest.raises(KeyboardInterrupt):
+        study.tune(searched.site, ["mtmd"], searched.document, searched.run_step, quiet)
+    rows = query(searched, "SELECT trial, seed, window_end FROM trials WHERE model = 'mtmd'")
+    assert sorted(rows) == sorted((name, 0, date(2026, 1, 3)) for name in changes)
+    assert "## adworld: the search of mtmd" in searched.document.read_text()
 
 
 def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_trials(searched, capsys, monkeypatch):
@@ -164,12 +188,13 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
 def test_a_search_goes_on_in_another_home_by_the_records_of_its_trials_alone(searched, tmp_path):
     study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
     tries = ["dropout=0.2"]
-    trained = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, tries)
+    [trained] = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, tries)
     other = copy_of(searched, tmp_path).site
     for weights in other.experiments.glob("*/"):
         shutil.rmtree(weights)
     said = []
-    assert tuning.tune(other, ["pooled_towers"], 1, said.append, tries).equals(trained)
+    [again] = tuning.tune(other, ["pooled_towers"], 1, said.append, tries)
+    assert again.equals(trained)
     assert said == ["8 of 8 trials are there already"]
 
     damaged = other.experiments / f"{trained['training'][0]}.json"
@@ -177,14 +202,15 @@ def test_a_search_goes_on_in_another_home_by_the_records_of_its_trials_alone(sea
     for text in (json.dumps(judged)[:-1], json.dumps({**judged, "cells": None}), "[]"):
         damaged.write_text(text)
         with pytest.raises(Withheld, match=f"{damaged} cannot be read as a trial's record"):
-            tuning.tune(other, ["pooled_towers"], 1, said.append, tries)
+            next(tuning.tune(other, ["pooled_towers"], 1, said.append, tries))
 
 
 def test_a_trial_is_judged_by_the_cells_with_enough_rows(searched, monkeypatch):
     study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
 
     def mean() -> tuple[int, float]:
-        row = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, ["dropout=0.2"]).row(0, named=True)
+        [trained] = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, ["dropout=0.2"])
+        row = trained.row(0, named=True)
         file = searched.site.experiments / f"{row['training']}.json"
         cells.append([(rows, logmae) for *_, rows, logmae in json.loads(file.read_text())["cells"]])
         return row["cells"], row["logmae"]
@@ -201,7 +227,7 @@ def test_a_trial_is_judged_by_the_cells_with_enough_rows(searched, monkeypatch):
 def test_a_trial_that_diverges_comes_last(searched):
     site = searched.site
     study.build_days(site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
-    found = tuning.tune(site, ["pooled_towers"], 1, lambda line: None, ["learning_rate=1e30"])
+    [found] = tuning.tune(site, ["pooled_towers"], 1, lambda line: None, ["learning_rate=1e30"])
     assert set(found.filter(pl.col("trial") != tuning.START)["logmae"]) == {math.inf}
     first, last = tuning.ranking(found).splitlines()[2:]
     assert first.startswith(f"| pooled_towers | {tuning.START} | 4 | ")
@@ -238,7 +264,7 @@ def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):
     none = platform.experiments.model_copy(update={"tuning_days": ()})
     site = type(searched.site)(platform.model_copy(update={"experiments": none}), searched.site.folder)
     with pytest.raises(Withheld, match="tuning_days"):
-        tuning.tune(site, ["mtmd"], 1, print)
+        next(tuning.tune(site, ["mtmd"], 1, print))
 
 
 def test_a_tuning_day_without_a_large_cell_is_said_before_anything_is_trained(searched, monkeypatch):
@@ -253,7 +279,7 @@ def test_a_tuning_day_without_a_large_cell_is_said_before_anything_is_trained(se
     with pytest.raises(
         Withheld, match=f"2026-01-02: no slice x task has the {largest + 1} rows .* the largest {largest}"
     ):
-        tuning.tune(searched.site, ["mtmd"], 1, print)
+        next(tuning.tune(searched.site, ["mtmd"], 1, print))
 
 
 def test_a_setting_of_another_model_is_refused():
