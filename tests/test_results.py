@@ -15,7 +15,7 @@ from mtmd_assets.home import Home
 from mtmd_assets.results import ablations, calibration, comparison, contenders, trainings
 from mtmd_assets.results import routing as routing_results
 from mtmd_assets.results.document import HEAD, require_results, write_sections
-from mtmd_assets.results.result import cell_in_words, headline, headline_of, result_of
+from mtmd_assets.results.result import cell_in_words, headline, headline_of, result_of, verdicts
 from tests.studied import DAYS
 from tests.worlds import Runner, query, show_failure
 
@@ -36,7 +36,7 @@ def test_the_document_says_what_the_tables_say(studied):
         WHERE contender = 'no_routing' AND surface IS NOT NULL AND bucket IS NULL AND rows >= 200""",
     )
     [line] = [line for line in text.splitlines() if line.startswith("| no_routing |")]
-    assert line.split(" | ")[-6] == str(cells)
+    assert line.split(" | ")[-7] == str(cells)
     assert line.endswith(" | 1 | 2 | 0 of 2 |"), "days, seeds and jumps"
     headings = ("Against the contenders", "Every cell", "Parameters", "Calibration", "Who the routers use")
     assert all(f"\n### {heading}\n" in text for heading in headings)
@@ -134,9 +134,20 @@ def test_mtmds_error_is_that_of_all_its_seeds_whatever_a_contender_has(studied):
     assert line.split(" | ")[4] == f"{error:.4f}"
     assert "(one seed)" in line
     [line] = [line for line in shown.splitlines() if line.startswith("| slice_towers |")]
-    seeds, _, cells, _, better, worse, _ = line.removeprefix("| slice_towers | ").split(" | ")
-    assert (seeds, better, worse) == ("1", "", ""), "one seed does not say which cells are better"
+    seeds, _, cells, _, better, worse, few, _ = line.removeprefix("| slice_towers | ").split(" | ")
+    assert (seeds, better, worse, few) == ("1", "", "", ""), "one seed does not say which cells are better"
     assert int(cells) > 0
+
+
+def test_cells_whose_users_are_too_few_for_a_verdict_are_counted():
+    cells: list[dict[str, float | None]] = [
+        {"joint_low": 0.1, "joint_high": 0.2},
+        {"joint_low": -0.1, "joint_high": 0.2},
+        {"joint_low": -0.2, "joint_high": -0.1},
+        {"joint_low": None, "joint_high": None},
+        {"joint_low": None, "joint_high": None},
+    ]
+    assert verdicts(cells, seeds=2) == [1, 1, 2]
 
 
 def test_a_cell_without_an_error_of_the_contender_has_no_improvement(studied):

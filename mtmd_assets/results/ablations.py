@@ -8,7 +8,7 @@ from mtmd_assets.contenders import ABLATIONS
 from mtmd_assets.domain_shift import domain_shifts
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
-from mtmd_assets.results.result import CELLS, MIN_ROWS, cell_in_words, interval, rows_where, span_of, verdicts
+from mtmd_assets.results.result import CELLS, MIN_ROWS, VERDICTS, cell_in_words, interval, rows_where, span_of, verdicts
 from mtmd_assets.results.setting import setting_section
 from mtmd_assets.results.trainings import jumped, manifest_of
 
@@ -44,7 +44,7 @@ def ablations_section(con: "DuckDBPyConnection", site: Site) -> list[str]:
             query = "SELECT list(model_version) FROM experiment_models WHERE model = ? AND ds BETWEEN ? AND ?"
             [(versions,)] = con.execute(query, of_days).fetchall()
             rows.append([model, *buckets, interval(mean), *counts, jumped(site, versions or [])])
-    header = ["without", "0", "1", "2", "3", "4", "all", "cells", "better", "worse", "days", "seeds", "jumped"]
+    header = ["without", "0", "1", "2", "3", "4", "all", "cells", *VERDICTS, "days", "seeds", "jumped"]
     setting = setting_section(con, site, ABLATIONS, *compared)
     parts = [f"## {site.platform.name}: ablations", setting, ABLATED, markdown_table(header, rows)]
     by_slice = _by_slice(con, site, "no_domain_adaptation")

@@ -17,6 +17,7 @@ CELLS = "contender = $model AND surface IS NOT NULL AND bucket IS NULL"
 WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first AND $last
     GROUP BY model, seed HAVING count(DISTINCT ds) = $days"""
 """Models and seeds that were trained for every day."""
+VERDICTS = ("better", "worse", "few users")
 MIN_ROWS, LARGE_ROWS = 200, 500
 """Evaluation rows from which a cell enters the means, and from which the smallest improvement is named."""
 
@@ -61,7 +62,7 @@ def headline_of(con: "DuckDBPyConnection", models: Collection[str]) -> str:
         rows.append(
             [model, mean["seeds"], interval(mean), len(family), above, *verdicts(family, mean["seeds"]), smallest]
         )
-    header = ["model", "seeds", "mean improvement", "cells", "above zero", "better", "worse"]
+    header = ["model", "seeds", "mean improvement", "cells", "above zero", *VERDICTS]
     return markdown_table([*header, f"smallest of the cells with {LARGE_ROWS} rows"], rows)
 
 
@@ -107,8 +108,8 @@ def cell_in_words(row: dict[str, Any]) -> str:
 
 
 def verdicts(cells: Sequence[dict[str, Any]], seeds: int) -> list[object]:
-    """How many are better and worse; nothing of one seed, which cannot say."""
+    """`VERDICTS`: how many are better, how many worse, how many have too few users to say; nothing of one seed, which cannot."""
     if seeds == 1:
-        return ["", ""]
+        return [""] * len(VERDICTS)
     verdicts = [verdict(r) for r in cells]
-    return [verdicts.count("better"), verdicts.count("worse")]
+    return [verdicts.count("better"), verdicts.count("worse"), sum(r["joint_low"] is None for r in cells)]
