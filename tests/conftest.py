@@ -1,9 +1,14 @@
 """Fixtures that several test modules share."""
 
+import functools
 import os
+import re
 from datetime import date, datetime
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from mtmd_assets.home import Home
 from tests.studied import small_study, train_and_compare
@@ -12,6 +17,31 @@ from tests.worlds import Runner, show_failure, small_adworld
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 # The tests run in two processes, each of which has a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+SHARED = ("studied", "pipeline")
+"""Fixtures that take most of a minute to build."""
+
+
+class ByFixture(LoadFileScheduling):
+    """A file's tests run in one process, and so do all files that need the same of `SHARED`: else each process builds it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return _shared(self.config.rootpath / file) or file
+
+
+@functools.cache
+def _shared(file: Path) -> str | None:
+    """Which of `SHARED` a test of the file asks for."""
+    text = file.read_text()
+    return next((name for name in SHARED if re.search(rf"def test_\w+\([^)]*\b{name}\b", text)), None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixture:
+    """Decides which process runs what."""
+    return ByFixture(config, log)
 
 
 @pytest.fixture(scope="session")
