@@ -16,7 +16,7 @@ demo: .venv/ready ## Run the whole pipeline: PLATFORM=adworld (default) or PLATF
 	@$(BIN)/mtmd demo --platform $(PLATFORM) $(DATA_FLAG)
 
 test: .venv/ready ## All tests, a process a core
-	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -125,8 +125,8 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
 
 
 def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, tries: Sequence[str] = ()) -> int:
-    """Run the search, publish each round as `trials` of the last tuning day beside what is there of other models, write it,
-    and print the whole.
+    """Run the search, publish it as `trials` of the last tuning day beside what is there of other models, write and print it;
+    of a model that has no trials there yet each round is published when it ends.
 
     Args:
         tries: if any, only these changes, beside what is there of other trials too (`tuning.given`).
@@ -148,22 +148,32 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     if days:
         build_days(site, site.platform.window(days[0])[0], days[-1], run, step)
     with step(f"try {', '.join(models)}"):
+        new = [m for m in models if m not in set(_published_trials(site)["model"])]
         for table in tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True), tries):
-            trials = _publish_trials(site, days[-1], table, "(model, trial)" if tries else "model")
-            write_sections(document, search(site, trials))
+            if new:
+                of_new = table.filter(table["model"].is_in(new))
+                write_sections(document, search(site, _publish_trials(site, days[-1], of_new, "model")))
+        trials = _publish_trials(site, days[-1], table, "(model, trial)" if tries else "model")
+        write_sections(document, search(site, trials))
     print(f"\n{tuning.ranking(trials)}")
     return 0
 
 
 def _publish_trials(site: Site, day: date, tried: "pl.DataFrame", which: str) -> "pl.DataFrame":
     """Publish trials in place of those published that have the same `which`, a model or a trial of it; all of today's code."""
-    from mtmd_assets import tuning
-
+    published = _published_trials(site)
     with site.warehouse.stage() as stage, site.warehouse.connect() as con:
         con.register("tried", tried)
-        con.register("published", tuning.current(site, tuning.published(con, site.platform)))
+        con.register("published", published)
         others = f"FROM published WHERE {which} NOT IN (SELECT {which} FROM tried)"
         stage.write(con, "trials", day, f"FROM tried UNION ALL BY NAME {others}")
         stage.publish()
+    return _published_trials(site)
+
+
+def _published_trials(site: Site) -> "pl.DataFrame":
+    """Trials of today's code and data that are published."""
+    from mtmd_assets import tuning
+
     with site.warehouse.connect() as con:
-        return tuning.published(con, site.platform)
+        return tuning.current(site, tuning.published(con, site.platform))

@@ -39,9 +39,9 @@ def _shared(file: Path) -> str | None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixture:
-    """Decides which process runs what."""
-    return ByFixture(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixture | None:
+    """Decides which process runs what, where it is to be by file."""
+    return ByFixture(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

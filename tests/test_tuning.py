@@ -128,7 +128,7 @@ def test_tuning_joins_the_best_changes_and_trains_the_finalists_for_every_day_an
     assert finalist.split("|")[3].strip() == "4", "the finalist is first, with its four trainings"
 
 
-def test_an_interrupted_search_has_published_the_rounds_that_ended(searched, monkeypatch):
+def test_an_interrupted_search_of_a_model_without_trials_has_published_the_rounds_that_ended(searched, monkeypatch):
     changes = small_search(monkeypatch)
     rounds = []
 
@@ -139,11 +139,15 @@ def test_an_interrupted_search_has_published_the_rounds_that_ended(searched, mon
         train_all(jobs, 1, log)
 
     monkeypatch.setattr(tuning, "train_all", train_one_round)
+    ended = "FROM trials WHERE model = 'mtmd' ORDER BY ALL"
+    before = query(searched, ended)
     with pytest.raises(KeyboardInterrupt):
-        study.tune(searched.site, ["mtmd"], searched.document, searched.run_step, quiet)
-    rows = query(searched, "SELECT trial, seed, window_end FROM trials WHERE model = 'mtmd'")
+        study.tune(searched.site, ["mtmd", "mmoe_dcn"], searched.document, searched.run_step, quiet)
+    rows = query(searched, "SELECT trial, seed, window_end FROM trials WHERE model = 'mmoe_dcn'")
     assert sorted(rows) == sorted((name, 0, date(2026, 1, 3)) for name in changes)
-    assert "## adworld: the search of mtmd" in searched.document.read_text()
+    assert "## adworld: the search of mmoe_dcn" in searched.document.read_text()
+    assert before
+    assert query(searched, ended) == before, "a search that ended stays until another has"
 
 
 def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_trials(searched, capsys, monkeypatch):
@@ -172,7 +176,7 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
     assert "| pooled_towers | main_effects=true | 4 |" in text
     with searched.site.warehouse.connect() as con:
         table = tuning.published(con, searched.site.platform)
-    for model, trainings in table["model"].value_counts().iter_rows():
+    for model, trainings in table.group_by("model").agg(pl.col("training").n_unique()).iter_rows():
         section = text[
             text.index(f"<!-- adworld search {model} -->") : text.index(f"<!-- end of adworld search {model} -->")
         ]

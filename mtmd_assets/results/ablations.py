@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ABLATED = f"""Improvement of mtmd over the model without it, by bucket of the heavyweight score (0 is the highest tenth); above zero it
 helps. The mean is over the cells with at least {MIN_ROWS} rows on the last evaluation days, as many as *days* says, on which
 both were trained with as many seeds; intervals of means and of cells with few rows or users are pointwise, *better* and *worse* count
-the cells by simultaneous ones (of few seeds on one day these are too short: [experiments.md](experiments.md#tables)),
+the cells by simultaneous ones (of few seeds on one day these are too short: [experiments.md](experiments.md#tables)), *few users* those with too few for one,
 *jumped* the trainings without it whose loss did (`checks/training.py`). Widths are divided by what the preset divides all of
 its widths by; half of the rows are half of the steps too."""
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 HOW_TO_READ = f"""Improvement is (contender − mtmd) / contender of LogMAE; above zero MTMD is better. LogMAE of a cell (slice × task) is over
 the pooled rows of the evaluation days, the mean of the seeds. The mean is unweighted over the cells with at least {MIN_ROWS}
 evaluation rows. Intervals are 95 %, from a bootstrap over users and seeds; *better* and *worse* count cells by
-simultaneous (max-t) intervals, with Student's t for what few seeds say (`mtmd_assets/intervals.py`), *few users* those that
-have none; days are not resampled, so the intervals are of these days and these windows. Beside a cell's LogMAE are those of
-two constants, the slice's own mean and median over the window. The intervals of cells with few rows or users are
-pointwise."""
+simultaneous (max-t) intervals, with Student's t for what few seeds say (`mtmd_assets/intervals.py`), *few users* those
+with too few users or rows for one; days are not resampled, so the intervals are of these days and these windows. Beside a
+cell's LogMAE are those of two constants, the slice's own mean and median over the window. The intervals of cells with few
+rows or users are pointwise."""
 
 
 def contenders_section(con: "DuckDBPyConnection", site: Site) -> list[str]:
