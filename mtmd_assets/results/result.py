@@ -18,6 +18,7 @@ WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first A
     GROUP BY model, seed HAVING count(DISTINCT ds) = $days"""
 """Models and seeds that were trained for every day."""
 VERDICTS = ("better", "worse", "few users")
+"""Columns of how many cells are so by their simultaneous intervals; the last have none."""
 MIN_ROWS, LARGE_ROWS = 200, 500
 """Evaluation rows from which a cell enters the means, and from which the smallest improvement is named."""
 
