@@ -15,7 +15,7 @@ help: ## This list
 demo: .venv/ready ## Run the whole pipeline: PLATFORM=adworld (default) or PLATFORM=kuairand DATA=folder
 	@$(BIN)/mtmd demo --platform $(PLATFORM) $(DATA_FLAG)
 
-test: .venv/ready ## All tests, a process a core
+test: .venv/ready ## All tests, in two processes
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready ## ruff and mypy

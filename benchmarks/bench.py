@@ -95,8 +95,7 @@ def write(subject: str, figures: Sequence[Figure], on: str, path: Path) -> Path:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     about = {"subject": subject, "machine": on, "at": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"}
     new = [{**asdict(f), "value": None if math.isnan(f.value) else f.value, **about} for f in figures]
-    # those of before there were subjects have none
-    entries = [entry for entry in earlier if entry.get("subject") not in (None, subject)] + new
+    entries = [entry for entry in earlier if entry["subject"] != subject] + new
     path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

@@ -30,13 +30,7 @@ class Counter:
     """Missing for other products; every product has it when None."""
 
 
-def create_history(
-    con: "DuckDBPyConnection",
-    platform: Platform,
-    warehouse: Warehouse,
-    day: date,
-    rows: str | None = None,
-) -> None:
+def create_history(con: "DuckDBPyConnection", platform: Platform, warehouse: Warehouse, day: date) -> None:
     """Create the temporary table `history`: `impression_id` and a FLOAT column a feature from history.
 
     A count of an entity without rows in its days is 0, and its rate is the platform's own rate (0 of 0, by the
@@ -48,13 +42,12 @@ def create_history(
         platform: names the features.
         warehouse: says which days are published.
         day: the impressions' day; only strictly earlier days are read.
-        rows: a view or table with the impressions of `day`; the published ones when left out.
 
     Raises:
         Withheld: if a day of the look-back is not published; days before the platform's start count as empty.
     """
     counters = [Counter(f.name, f.history, f.surfaces, f.products) for f in platform.features if f.history]
-    create_counters(con, platform, warehouse, day, counters, rows=rows)
+    create_counters(con, platform, warehouse, day, counters)
 
 
 def require_days(platform: Platform, warehouse: Warehouse, first: date, last: date, wanted_by: str) -> None:
@@ -78,7 +71,6 @@ def create_counters(
     warehouse: Warehouse,
     day: date,
     counters: Sequence[Counter],
-    rows: str | None = None,
     table: str = "history",
 ) -> None:
     """Create the temporary table `table` with `impression_id` and one FLOAT column a counter; see `create_history`.
@@ -127,9 +119,8 @@ def create_counters(
         if means:
             columns = ", ".join(f"{text} AS {column}" for column, text in means.items())
             joins.append(f"CROSS JOIN (SELECT {columns} FROM {name}) AS m{n}")
-    source = rows or f"(SELECT * FROM impressions WHERE ds = DATE '{day}')"
     con.execute(
-        sql.text("history").format(table=table, features=",\n    ".join(features), rows=source, joins="\n".join(joins))
+        sql.text("history").format(table=table, features=",\n    ".join(features), day=day, joins="\n".join(joins))
     )
     for name in temporary:
         con.execute(f"DROP TABLE {name}")

@@ -40,6 +40,11 @@ _INPUTS = {
 class AccountingError(RuntimeError):
     """Rows got lost or were doubled between two tables: a fault of this code, not of the data."""
 
+    def __init__(self, message: str, counts: "tuple[RowCount, ...]"):
+        """`counts`: what became of each source's rows, as far as it is known."""
+        super().__init__(message)
+        self.counts = counts
+
 
 @dataclass(frozen=True)
 class RowCount:
@@ -129,20 +134,17 @@ def create_evaluated(con: "duckdb.DuckDBPyConnection", platform: Platform, wareh
 def build_examples(
     con: "duckdb.DuckDBPyConnection",
     platform: Platform,
-    warehouse: Warehouse,
     stage: Stage,
     day: date,
-    *,
-    sample_rate: float | None = None,
 ) -> Examples:
-    """Join a day and stage its `joined_examples`, `rejected_rows` and `row_counts`; arguments as in `prepare_join`.
+    """Join a day, published or staged, and stage its `joined_examples`, `rejected_rows` and `row_counts`.
 
     Raises:
         Withheld: see `prepare_join`.
         BadFile: see `prepare_join`.
         AccountingError: see `check_accounting`.
     """
-    prepare_join(con, platform, warehouse, day, sample_rate=sample_rate)
+    prepare_join(con, platform, stage, day)
     written = {
         "joined_of_day": stage.write(con, "joined_examples", day, "FROM joined"),
         "rejected_of_day": stage.write(con, "rejected_rows", day, sql.text("rejected_rows")),
@@ -172,7 +174,7 @@ def account_log(con: "duckdb.DuckDBPyConnection", stage: Stage, day: date) -> Ro
     [row] = con.execute(f"SELECT source, received, accepted, rejected FROM row_counts WHERE ds = '{day}'").fetchall()
     count = RowCount(*row)
     if count.received != count.accepted + count.rejected:
-        raise AccountingError(f"row_counts: received is not accepted + rejected in {count}")
+        raise AccountingError(f"row_counts: received is not accepted + rejected in {count}", (count,))
     return count
 
 
@@ -189,16 +191,17 @@ def check_accounting(con: "duckdb.DuckDBPyConnection") -> tuple[RowCount, ...]:
     rows = con.execute("SELECT source, received, accepted, rejected FROM row_counts_of_day").fetchall()
     counts = tuple(RowCount(*row) for row in rows)
     if [c.source for c in counts] != ["log", "impressions", "heavyweight_scores"]:
-        raise AccountingError(f"row_counts: expected one row a source, received {counts}")
+        raise AccountingError(f"row_counts: expected one row a source, received {counts}", counts)
     for c in counts:
         if c.received != c.accepted + c.rejected:
-            raise AccountingError(f"row_counts: received is not accepted + rejected in {c}")
+            raise AccountingError(f"row_counts: received is not accepted + rejected in {c}", counts)
     _, impressions, scores = counts
     examples, distinct = con.execute("SELECT count(*), count(DISTINCT impression_id) FROM joined_of_day").fetchall()[0]
     if not examples == distinct == impressions.accepted == scores.accepted:
         raise AccountingError(
             f"joined_examples: {examples} rows of {distinct} impressions, {impressions.accepted} accepted, "
-            f"{scores.accepted} scores used"
+            f"{scores.accepted} scores used",
+            counts,
         )
     places = """(
         SELECT impression_id FROM joined_of_day
@@ -209,7 +212,7 @@ def check_accounting(con: "duckdb.DuckDBPyConnection") -> tuple[RowCount, ...]:
     ).fetchall()[0][0]
     # As many places as impressions, none of them doubled or empty: each impression is in exactly one.
     if elsewhere:
-        raise AccountingError(f"{elsewhere} impressions are neither in joined_examples nor in rejected_rows")
+        raise AccountingError(f"{elsewhere} impressions are neither in joined_examples nor in rejected_rows", counts)
     return counts
 
 

@@ -19,8 +19,8 @@ Step = Callable[[str], AbstractContextManager[None]]
 
 
 def evaluation_days(site: Site) -> list[date]:
-    """The days that results are evaluated on: up to `experiments.last_day`, or the last of a log that has ended, or the
-    first that a model can score.
+    """The days that results are evaluated on: up to `experiments.last_day`, or else to the last of a log that has ended,
+    or else the first that a model can score.
 
     Raises:
         PlatformError: fewer days than the platform file asks for, or a tuning day among them.
@@ -103,21 +103,21 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     build_days(site, site.platform.window(days[0] - timedelta(1))[0], days[-1], run, step)
     # what is compared first is written down first, for the ablations take the longest
     for group in (CONTENDERS, ABLATIONS):
-        chosen = [m for m in others if m in group and m not in idle]
-        if not chosen:
+        of_group = [m for m in others if m in group and m not in idle]
+        if not of_group:
             continue
-        days_of_group = compared_days(site.platform, chosen[0], days[-1])  # of one group all the same
+        days_of_group = compared_days(site.platform, of_group[0], days[-1])  # of one group all the same
         first, last = days_of_group[0], days_of_group[-1]
-        with step(f"train {1 + len(chosen)} models with {seeds} seeds, score {first} to {last}"):
-            config = {"models": ["mtmd", *chosen], "seeds": seeds}
+        with step(f"train {1 + len(of_group)} models with {seeds} seeds, score {first} to {last}"):
+            config = {"models": ["mtmd", *of_group], "seeds": seeds}
             run("experiments", first, last, config={"ops": {op_name(site): {"config": config}}})
         with step("compare"):
             run("improvements", days[-1])
         write_sections(document, comparison(site, last))
         print(f"\n{site.platform.name}, {first} to {last}: improvement of mtmd in LogMAE\n")
-        print(headline(site, last, chosen))
+        print(headline(site, last, of_group))
         found = compared(site, last)
-        without = [m for m in chosen if m not in found]
+        without = [m for m in of_group if m not in found]
         if without:
             print(f"\nwithout a result, for the reasons above: {', '.join(without)}")
         print(f"\n{document}   every cell, with intervals")

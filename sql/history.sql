@@ -2,5 +2,5 @@
 -- A count is 0 and a rate the platform's own where the entity was never shown; an unknown entity's are missing.
 CREATE OR REPLACE TEMP TABLE {table} AS
 SELECT {features}
-FROM {rows} AS r
+FROM (SELECT * FROM impressions WHERE ds = DATE '{day}') AS r
 {joins};

@@ -54,9 +54,9 @@ def publish(warehouse: Warehouse, day: date, rows: list[Row]) -> None:
         stage.publish()
 
 
-def history(platform: Platform, warehouse: Warehouse, day: date, rows: str | None = None) -> list[dict[str, object]]:
+def history(platform: Platform, warehouse: Warehouse, day: date) -> list[dict[str, object]]:
     with warehouse.connect() as con:
-        create_history(con, platform, warehouse, day, rows)
+        create_history(con, platform, warehouse, day)
         return con.sql("FROM history ORDER BY impression_id").pl().rows(named=True)
 
 
@@ -124,13 +124,6 @@ def test_older_days_do_not_count(warehouse: Warehouse) -> None:
     publish(warehouse, day(3), [(2, 7, "feed", "shopping", "s", 0, 0)])
     # User 2 was shown on day 0 only, three days ago.
     assert history(small(), warehouse, day(3))[0]["user_shown"] == 0
-
-
-def test_rows_of_a_view(warehouse: Warehouse) -> None:
-    with warehouse.connect() as con:
-        con.execute(f"CREATE TEMP VIEW mine AS FROM impressions WHERE ds = '{day(2)}' AND user_id = 9")
-        create_history(con, small(), warehouse, day(2), rows="mine")
-        assert con.sql("SELECT impression_id FROM history").fetchall() == [(2,)]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -104,11 +104,11 @@ def publish(folder, toy, log, scores):
     return warehouse
 
 
-def join(folder, toy, log, scores, **options):
+def join(folder, toy, log, scores):
     """Publish a day and join it."""
     warehouse = publish(folder, toy, log, scores)
     with warehouse.connect() as con, warehouse.stage() as stage:
-        examples = build_examples(con, toy, warehouse, stage, DAY, **options)
+        examples = build_examples(con, toy, stage, DAY)
         stage.publish()
     return warehouse, examples
 
@@ -276,7 +276,7 @@ def test_a_large_day_is_identical_whatever_the_threads(lake):
     for threads in (1, 2, 4):
         with warehouse.stage() as stage, stage.connect() as con:
             con.execute(f"SET threads = {threads}")
-            build_examples(con, toy, warehouse, stage, DAY)
+            build_examples(con, toy, stage, DAY)
             found.append([stage.path(t, DAY).read_bytes() for t in ("joined_examples", "rejected_rows")])
     assert found[0] == found[1] == found[2]
 
@@ -322,7 +322,7 @@ def test_features_from_history_are_joined(tmp_path):
     warehouse = publish(tmp_path, toy, impressions(["a", "b"]), [score("a"), score("b")])
     with warehouse.connect() as con, warehouse.stage() as stage:
         con.execute("CREATE TEMP VIEW history AS SELECT 'a' AS impression_id, 3.0::FLOAT AS seen")
-        build_examples(con, toy, warehouse, stage, DAY)
+        build_examples(con, toy, stage, DAY)
         stage.publish()
     assert read(warehouse, "SELECT impression_id, seen FROM joined_examples") == [("a", 3.0), ("b", None)]
 
@@ -339,7 +339,7 @@ def _spoiled(lake, statement):
     toy = platform()
     warehouse = publish(lake, toy, impressions(["a", "b", "c"]), [score("a"), score("b")])
     with warehouse.connect() as con, warehouse.stage() as stage:
-        build_examples(con, toy, warehouse, stage, DAY)
+        build_examples(con, toy, stage, DAY)
         assert check_accounting(con)[1] == RowCount("impressions", 3, 2, 1)
         con.execute(statement)
         check_accounting(con)
@@ -437,8 +437,8 @@ def days(draw):
 @given(day=days(), rate=st.sampled_from([1.0, 0.5]))
 def test_the_join_equals_the_reference(lake, day, rate):
     log, scores = day
-    toy = platform()
-    warehouse, examples = join(lake, toy, log, scores, sample_rate=rate)
+    toy = platform(sample_rate=rate)
+    warehouse, examples = join(lake, toy, log, scores)
     joined, lost, faults = reference(toy, log, scores, rate)
     query = "SELECT impression_id, score_ctr, score_gctr, ranker_version, weight FROM joined_examples"
     assert read(warehouse, query) == joined

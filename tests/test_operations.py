@@ -251,6 +251,24 @@ def test_a_refused_rebuild_leaves_the_published_day_as_it_was(tmp_path, monkeypa
     assert not runner.checks("feature_contract")[0].passed
 
 
+def test_a_day_on_which_the_join_loses_rows_is_refused(tmp_path, monkeypatch):
+    """A fault of the join's own, planted: on one day what is rejected is written nowhere. The day after it stands."""
+    runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
+    real = Stage.write
+
+    def forgetful(self, con, table, day, query, *rest):
+        lost = table == "rejected_rows" and day == DAY[1]
+        return real(self, con, table, day, f"FROM ({query}) WHERE false" if lost else query, *rest)
+
+    monkeypatch.setattr(Stage, "write", forgetful)
+    assert not runner.run("data", DAY[1], DAY[2]).success
+    [check] = runner.checks("row_accounting")
+    assert not check.passed
+    assert check.description.startswith("2026-01-01: row_counts: received is not accepted + rejected")
+    assert check.metadata["failing days"].value == 1
+    assert [d for (d,) in query(runner, "SELECT DISTINCT ds FROM impressions")] == [DAY[2]]
+
+
 def test_days_of_one_run_that_stand_are_reported_whatever_ends_it(tmp_path, monkeypatch):
     """The disk fills up on the second of three days: the first is published, checked and shown."""
     runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))

@@ -91,7 +91,7 @@ def test_every_name_that_is_accepted_goes_through_the_sql(tmp_path):
         write_intake(con, stage, day)
         stage.publish()
     with warehouse.connect() as con, warehouse.stage() as stage:
-        build_examples(con, platform, warehouse, stage, day)
+        build_examples(con, platform, stage, day)
         examples = stage.path("joined_examples", day)
         assert pl.read_parquet(examples).select(names).equals(impressions.head(rows - 1).select(names))
         measured = measure_contract(con, platform, day, examples)

@@ -18,6 +18,7 @@ from mtmd_assets.assets.common import DayReport, Done, Refused, asset_key, daily
 from mtmd_assets.assets.waiting import waiting
 from mtmd_assets.faults import BadFile, Withheld
 from mtmd_assets.home import Site
+from mtmd_assets.join import AccountingError
 from mtmd_assets.runs import sign
 from mtmd_assets.warehouse import Stage
 
@@ -82,6 +83,9 @@ def _build_day(context: dg.AssetExecutionContext, site: Site, day: date, stage: 
         lacking = _make(context, site, day, stage, report, done)
     except BadFile as e:
         raise _as_received(e, stage, done) from e
+    except AccountingError as e:
+        found = dagster_results.accounting_result(e.counts, str(e), asset_key(site.platform, "joined_examples"))
+        raise Refused(f"rows got lost: {e}", [found]) from e
     stage.publish()
     report.add(day, done)
     if lacking:

@@ -48,7 +48,7 @@ def build(site: Site, day: date, stage: Stage) -> Done:
             return Done(_of_the_log(con, account_log(con, stage, day), day))
         if platform.history_days:
             create_history(con, platform, stage, day)
-        examples = build_examples(con, platform, stage, stage, day)
+        examples = build_examples(con, platform, stage, day)
         checks, audit = _check(con, site, stage, day, "joined_examples", examples.counts)
         return Done(_of_the_join(con, examples, day, audit), checks)
 
@@ -77,7 +77,7 @@ def build_log(site: Site, day: date, stage: Stage) -> Done:
         counts: tuple[RowCount, ...] = ()
         if _staged(stage, "heavyweight_scores", day):
             _create_empty_history(con, platform, day)
-            counts = build_examples(con, platform, stage, stage, day).counts
+            counts = build_examples(con, platform, stage, day).counts
         _, audit = _check(con, site, stage, day, "joined_examples" if counts else "impressions", counts, False)
         count = account_log(con, stage, day)
         shown = {"feature_missingness": audit, **_of_the_log(con, count, day)}
@@ -105,7 +105,7 @@ def _check(
     contract = check_contract(measured)
     drift = check_drift(con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl())
     key = asset_key(site.platform, "joined_examples")
-    accounted = [accounting_result(counts, key)] if counts else []
+    accounted = [accounting_result(counts, asset_key=key)] if counts else []
     checks = [contract_result(contract, key), *accounted, drift_result(drift, key)]
     audit: Metadata = {
         "contract": dg.MetadataValue.md(markdown(contract)),

@@ -72,12 +72,11 @@ def manifest_of(site: Site, version: str) -> dict[str, Any] | None:
 def _settings(config: dict[str, Any]) -> str:
     widths = config["model"].get("deep") or config["model"].get("widths")
     optimiser = config["optimiser"]
-    embedding_rate = optimiser.get("embedding_rate", 1.0)  # models trained before there was one have none
     return (
         f"widths {'/'.join(map(str, widths))}, {config['max_epochs']} passes, batch {config['batch_size']}, learning rate "
         f"{optimiser['learning_rate']:g}, warm-up {optimiser['warmup_share']:g}, gradient clip {config['gradient_clip']:g}, "
-        f"embedding rate {embedding_rate:g}, weight decay {optimiser['weight_decay']:g}, dropout {config['model']['dropout']:g}, "
+        f"embedding rate {optimiser['embedding_rate']:g}, weight decay {optimiser['weight_decay']:g}, dropout {config['model']['dropout']:g}, "
         f"slice balance {config['slice_balance']:g}, id dropout {config['id_dropout']:g}, "
-        f"averaged passes {config.get('averaged_passes', 0.0):g}, "
-        f"main effects {'on' if config['model'].get('main_effects') else 'off'}"
+        f"averaged passes {config['averaged_passes']:g}, "
+        f"main effects {'on' if config['model']['main_effects'] else 'off'}"
     )
