@@ -51,16 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("demo", "backfill", "results", "tune", "scoreboard", "sql"):
-        commands.add_parser(name).add_argument("--platform", default=ALWAYS)
+        commands.add_parser(name).add_argument(
+            "--platform", default=ALWAYS, help="a registered platform; %(default)s unless given"
+        )
     for name in ("demo", "results", "tune"):
         commands.choices[name].add_argument("--data", help="the folder of the platform's logs, where it needs one")
     for name, models in (("results", "all"), ("tune", "mtmd,contenders")):
         commands.choices[name].add_argument(
             "--models",
             default=models,
-            help="comma-separated, in which contenders, and of results ablations and all, stand for many; %(default)s unless given",
+            help='comma-separated, as in "slice_towers,no_cross"; contenders stands for many, as ablations and all do of '
+            "results; %(default)s unless given",
         )
-        commands.choices[name].add_argument("--document", type=Path, default=CHECKOUT / "docs" / "results.md")
+        commands.choices[name].add_argument(
+            "--document",
+            type=Path,
+            default=CHECKOUT / "docs" / "results.md",
+            help="where the platform's sections are written; %(default)s unless given",
+        )
     commands.choices["results"].add_argument(
         "--seeds", type=int, help="how many of each model, at least; what the platform file says unless given"
     )
