@@ -370,6 +370,7 @@ def _step(title: str) -> Iterator[None]:
 def print_scoreboard(site: Site) -> int:
     """Print LogMAE by slice and task over every evaluated day, the model beside the constants."""
     from mtmd_assets import scoreboard
+    from mtmd_assets.improvement import MIN_ROWS
 
     days = site.warehouse.days("daily_slice_metrics")
     if not days:
@@ -385,8 +386,8 @@ def print_scoreboard(site: Site) -> int:
             )
             print(scoreboard.ranker_auc(con, site))
     judged = [c for c in cells if c.gain is not None]
-    large = [c for c in judged if c.rows >= 200]
-    for those, which in ((judged, ""), (large, " with at least 200 rows"))[: 1 if large == judged else 2]:
+    large = [c for c in judged if c.rows >= MIN_ROWS]
+    for those, which in ((judged, ""), (large, f" with at least {MIN_ROWS} rows"))[: 1 if large == judged else 2]:
         better = sum(c.mtmd < c.constant for c in those if c.constant is not None)
         print(f"\nmtmd is better than the slice's mean in {better} of the {len(those)} cells{which}", end="")
     print(f"\n\n{_where_to_look(site.platform.name)}")

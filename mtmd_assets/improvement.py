@@ -37,6 +37,8 @@ COLUMNS = ("seed", *KEY, *SHARED, "probability")
 """Of a frame of predictions."""
 BUCKETS = 5
 """Buckets 0..4, the upper half of the scores, have lines of their own."""
+MIN_ROWS = 200
+"""Evaluation rows from which a cell enters the means."""
 GROUPS = BUCKETS + 1
 ALL = BUCKETS
 """The group of all rows."""
@@ -69,7 +71,7 @@ def improvement_table(
     mtmd: pl.DataFrame,
     contender: pl.DataFrame,
     *,
-    min_rows: int = 200,
+    min_rows: int = MIN_ROWS,
     min_users: int = 20,
     replicates: int = 2000,
     seed: int = 0,

@@ -7,6 +7,7 @@ same name, unless the machine gives other weights: what an older model predicted
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -67,6 +68,49 @@ def load(site: Site, record: ModelRecord) -> "Predictor":
             "models",
         )
     return model
+
+
+def row_of(
+    model: str,
+    version: str,
+    seed: int,
+    window: Sequence[date],
+    manifest: Mapping[str, Any],
+    rankers: Sequence[str],
+    *,
+    promoted: bool,
+) -> dict[str, Any]:
+    """A version's row of `models`.
+
+    Args:
+        model: a name in `contenders.MODELS`.
+        version: its folder's name.
+        seed: of its training.
+        window: the days that it was trained on, the last of which decided when to stop.
+        manifest: what `mtmd_model.train` wrote of it, with `data` (day -> hash of its examples) and `code_version`.
+        rankers: the versions of the rankers that scored the window.
+        promoted: whether it is the one that its window's day evaluates and embeds with.
+    """
+    best = manifest["history"][manifest["best_epoch"]]
+    return {
+        "model": model,
+        "model_version": version,
+        "seed": seed,
+        "window_start": window[0],
+        "window_end": window[-1],
+        "rows": manifest["rows"]["train"] + manifest["rows"]["validation"],
+        "embedding_params": manifest["params"]["embedding"],
+        "dense_params": manifest["params"]["dense"],
+        "data_hashes": json.dumps(manifest["data"]),
+        "ranker_versions": rankers,
+        "code_version": manifest["code_version"],
+        "config": json.dumps(manifest["train_config"]),
+        "epochs": len(manifest["history"]),
+        "best_epoch": manifest["best_epoch"],
+        "validation_loss": best["validation_loss"],
+        "validation_logmae": best["validation_logmae"],
+        "promoted": promoted,
+    }
 
 
 def version_name(last_day: date, ingredients: dict[str, Any]) -> str:

@@ -12,6 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from mtmd_assets.platform_names import column_name, task_name
 
+Preset = Literal["small", "half", "paper"]
+"""Sizes of `mtmd_model.config`, smallest first."""
+
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _INTEGER = re.compile(r"0|-?[1-9]\d*")
 
@@ -286,7 +289,7 @@ class Training(Frozen):
 
     window_days: Integer = Field(7, ge=2, le=400)
     """Days of a training window; the last one decides when to stop, the others are trained on."""
-    preset: Literal["small", "half", "paper"] = "small"
+    preset: Preset = "small"
     max_epochs: Integer = Field(12, gt=0)
     patience: Integer = Field(3, gt=0)
     batch_size: Integer = Field(4096, gt=0)
@@ -335,7 +338,7 @@ class Training(Frozen):
 class OwnSettings(Frozen):
     """What differs from `training` for a model in experiments."""
 
-    preset: Literal["small", "half", "paper"] | None = None
+    preset: Preset | None = None
     max_epochs: Integer | None = Field(None, gt=0)
     batch_size: Integer | None = Field(None, gt=0)
     learning_rate: Number | None = Field(None, gt=0)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import markdown_table
 from mtmd_assets.platform import Platform
+from mtmd_assets.platform_parts import Preset
 from mtmd_assets.training_pool import TrainJob, data_hashes, is_current, train_all, training_jobs
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 JUDGED_ROWS = 67
-"""Cells with at least this many rows on a tuning day are judged: a third of the 200 of three evaluation days."""
+"""Cells with at least this many rows on a tuning day are judged: a third of `improvement.MIN_ROWS`, of three evaluation days."""
 
 JOINED = 5
 """Single changes that are joined at most: the best two, the best three …"""
@@ -41,7 +42,7 @@ SEEDS = (0, 1)
 START = "platform file"
 """The trial of the settings that a model has now."""
 
-PRESETS = ("small", "half", "paper")
+PRESETS: tuple[str, ...] = get_args(Preset)
 TRIED: Mapping[str, tuple[float, ...]] = {
     "warmup_share": (0.05, 0.15),
     "gradient_clip": (0.2, 1.0),

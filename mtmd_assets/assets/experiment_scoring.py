@@ -1,6 +1,5 @@
 """Scoring an evaluation day by the models of an experiment, and which of the published ones still count."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sql
-from mtmd_assets import training_record
+from mtmd_assets import model_store, training_record
 from mtmd_assets.assets.common import Metadata, preview
 from mtmd_assets.assets.evaluation import create_scored, predictions
-from mtmd_assets.assets.training import window_source
+from mtmd_assets.assets.training import rankers_of
 from mtmd_assets.contenders import MODELS, change_of
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
@@ -84,7 +83,7 @@ def score_day(
             f"FROM {metrics} UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_slice_metrics WHERE {others}",
             {"floor": FLOOR},
         )
-        rankers, _ = window_source(con, window)
+        rankers = rankers_of(con, window)
         con.register("trained", _model_rows(trained, manifests, window, rankers, scored))
         stage.write(
             con,
@@ -187,29 +186,8 @@ def _model_rows(
     """Rows of `experiment_models`, from the trainings' manifests."""
     import polars as pl
 
-    rows = []
-    for t, manifest in zip(trained, manifests, strict=True):
-        best = manifest["history"][manifest["best_epoch"]]
-        rows.append(
-            {
-                "model": t.model,
-                "model_version": t.version,
-                "seed": t.seed,
-                "window_start": window[0],
-                "window_end": window[-1],
-                "rows": manifest["rows"]["train"] + manifest["rows"]["validation"],
-                "embedding_params": manifest["params"]["embedding"],
-                "dense_params": manifest["params"]["dense"],
-                "data_hashes": json.dumps(manifest["data"]),
-                "ranker_versions": rankers,
-                "code_version": manifest["code_version"],
-                "config": json.dumps(manifest["train_config"]),
-                "epochs": len(manifest["history"]),
-                "best_epoch": manifest["best_epoch"],
-                "validation_loss": best["validation_loss"],
-                "validation_logmae": best["validation_logmae"],
-                "promoted": False,
-                "scored_data": scored,
-            }
-        )
+    rows = [
+        {**model_store.row_of(t.model, t.version, t.seed, window, m, rankers, promoted=False), "scored_data": scored}
+        for t, m in zip(trained, manifests, strict=True)
+    ]
     return pl.DataFrame(rows, schema_overrides={"ranker_versions": pl.List(pl.String)})

@@ -1,6 +1,5 @@
 """Training: one MTMD model a day, on the trailing window that ends on it."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -94,7 +93,12 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
             on_epoch=lambda e: log(
                 f"epoch {e['epoch']}: loss {e['train_loss']:.5f}, on {stopped_on} {e['validation_loss']:.5f}, LogMAE {e['validation_logmae']:.4f}"
             ),
-            manifest={"platform": platform.name, "window": [str(d) for d in window], "code_version": code},
+            manifest={
+                "platform": platform.name,
+                "window": [str(d) for d in window],
+                "data": hashes,
+                "code_version": code,
+            },
         )
         ingredients = {
             "data": hashes,
@@ -108,26 +112,8 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
         best = result.history[result.best_epoch]
         params = result.manifest["params"]
         with warehouse.connect() as con:
-            rankers, rows = window_source(con, window)
-            record = {
-                "model": "mtmd",
-                "model_version": version,
-                "seed": config.seed,
-                "window_start": window[0],
-                "window_end": day,
-                "rows": rows,
-                "embedding_params": params["embedding"],
-                "dense_params": params["dense"],
-                "data_hashes": json.dumps(hashes),
-                "ranker_versions": rankers,
-                "code_version": code,
-                "config": json.dumps(config.to_dict()),
-                "epochs": len(result.history),
-                "best_epoch": result.best_epoch,
-                "validation_loss": best["validation_loss"],
-                "validation_logmae": best["validation_logmae"],
-                "promoted": True,
-            }
+            rankers = rankers_of(con, window)
+            record = model_store.row_of("mtmd", version, config.seed, window, result.manifest, rankers, promoted=True)
             stage.write_rows(con, "models", day, [record])
             stage.publish()
     key = asset_key(platform, "models")
@@ -137,7 +123,7 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
             "model_version": version,
             "window": f"{window[0]} to {day}",
             "dagster/row_count": 1,
-            "training rows": rows,
+            "training rows": record["rows"],
             "parameters": params,
             "epochs": f"{len(result.history)}, weights of epoch {result.best_epoch}",
             "validation loss": best["validation_loss"],
@@ -150,11 +136,11 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
     return [published, training_result(high_passes(result.history), key)]
 
 
-def window_source(con: "DuckDBPyConnection", window: Sequence[date]) -> tuple[list[str], int]:
-    """The versions of the rankers that scored a window, sorted, and its number of rows."""
-    query = "SELECT list(DISTINCT ranker_version ORDER BY ranker_version), count(*) FROM joined_examples WHERE ds BETWEEN ? AND ?"
-    [(rankers, rows)] = con.execute(query, [window[0], window[-1]]).fetchall()
-    return rankers, rows
+def rankers_of(con: "DuckDBPyConnection", window: Sequence[date]) -> list[str]:
+    """The versions of the rankers that scored a window, sorted."""
+    query = "SELECT list(DISTINCT ranker_version ORDER BY ranker_version) FROM joined_examples WHERE ds BETWEEN ? AND ?"
+    [(rankers,)] = con.execute(query, [window[0], window[-1]]).fetchall()
+    return list(rankers)
 
 
 def verify_window(site: Site, window: Sequence[date]) -> None:

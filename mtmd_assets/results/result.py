@@ -6,7 +6,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.home import Site
-from mtmd_assets.improvement import verdict
+from mtmd_assets.improvement import MIN_ROWS, verdict
 from mtmd_assets.pictures import markdown_table
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first A
 """Models and seeds that were trained for every day."""
 VERDICTS = ("better", "worse", "few users")
 """Columns of how many cells are so by their simultaneous intervals; the last have none."""
-MIN_ROWS, LARGE_ROWS = 200, 500
-"""Evaluation rows from which a cell enters the means, and from which the smallest improvement is named."""
+LARGE_ROWS = 500
+"""Evaluation rows from which a cell's improvement counts as the smallest."""
 
 
 @contextmanager
