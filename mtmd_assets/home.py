@@ -6,6 +6,7 @@ mtmd.duckdb}`, and Dagster's own folder `dagster/`.
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ from mtmd_assets.tables import settings, tables
 from mtmd_assets.warehouse import Warehouse
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+"""Where the programs of this environment are."""
 
 ALWAYS = "adworld"
 """The platform that every home has without registration."""

@@ -1,12 +1,13 @@
 """The table everybody asks for first: LogMAE by slice and task, the model beside the constants."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
 import sql
-from mtmd_assets.home import Site
+from mtmd_assets.home import ALWAYS, Site
 from mtmd_assets.pictures import markdown_table
 
 if TYPE_CHECKING:
@@ -67,3 +68,35 @@ def ranker_auc(con: "DuckDBPyConnection", site: Site) -> str:
         overall = {r["task"]: r["auc"] for r in auc.filter(auc["surface"].is_null()).iter_rows(named=True)}
         rows.append([str(day), *(f"{overall[t]:.3f}" if overall.get(t) is not None else "" for t in tasks)])
     return markdown_table(["day", *tasks], rows)
+
+
+def show(site: Site) -> int:
+    """Print LogMAE by slice and task over every evaluated day, the model beside the constants; returns the exit
+    status."""
+    from mtmd_assets.improvement import MIN_ROWS
+
+    days = site.warehouse.days("daily_slice_metrics")
+    if not days:
+        print(f"no day of {site.platform.name} is evaluated yet", file=sys.stderr)
+        return 1
+    with site.warehouse.connect() as con:
+        found = cells(con, site, days)
+        print(f"LogMAE to the heavyweight scores, {site.platform.name}, evaluated on {', '.join(map(str, days))}\n")
+        print(scoreboard(con, site, days))
+        if not site.platform.logs_scores:
+            print(
+                "\nAUC of the heavyweight ranker that is imitated, against the outcomes of days it was not trained on\n"
+            )
+            print(ranker_auc(con, site))
+    judged = [c for c in found if c.gain is not None]
+    large = [c for c in judged if c.rows >= MIN_ROWS]
+    for those, which in ((judged, ""), (large, f" with at least {MIN_ROWS} rows"))[: 1 if large == judged else 2]:
+        better = sum(c.mtmd < c.constant for c in those if c.constant is not None)
+        print(f"\nmtmd is better than the slice's mean in {better} of the {len(those)} cells{which}", end="")
+    print(f"\n\n{_where_to_look(site.platform.name)}")
+    return 0
+
+
+def _where_to_look(name: str) -> str:
+    query = f'make sql{"" if name == ALWAYS else f" PLATFORM={name}"} Q="FROM slice_metrics LIMIT 5"'
+    return f"{'make ui':<{len(query)}}   the assets, in Dagster\n{query}   the tables, in DuckDB"

@@ -10,11 +10,11 @@ from zoneinfo import ZoneInfo
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, is_mtmd
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Site
+from mtmd_assets.jobs import Run
 
 if TYPE_CHECKING:
     import polars as pl
 
-Run = Callable[..., None]
 Step = Callable[[str], AbstractContextManager[None]]
 
 

@@ -13,9 +13,10 @@ from datetime import date, datetime
 import pytest
 import yaml
 
-from mtmd_assets import cli
+from mtmd_assets import cli, scoreboard, shell
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import CHECKOUT, Home
+from mtmd_assets.jobs import RunFailed
 from mtmd_assets.platform import SHIPPED
 from tests.sources.kuairand_folder import log_row, write_folder
 from tests.worlds import small_adworld
@@ -90,11 +91,11 @@ def test_the_days_between_failing_ones_are_run(small, monkeypatch, capsys):
         def run(job, day):
             days.append(day)
             if day.day != 4:
-                raise cli.RunFailed("no")
+                raise RunFailed("no")
 
         yield run
 
-    monkeypatch.setattr(cli, "_jobs", jobs)
+    monkeypatch.setattr(cli, "jobs_in_process", jobs)
     assert cli.main(["backfill", "2026-01-03", "2026-01-05", "--job", "models"]) == 1
     assert days == [date(2026, 1, d) for d in (3, 4, 5)]
     said = capsys.readouterr()
@@ -180,7 +181,7 @@ def test_the_demo_of_a_right_folder_is_registered_with_it(home, tmp_path, monkey
     def jobs(home, site):
         yield lambda *days, **more: None
 
-    monkeypatch.setattr(cli, "_jobs", jobs)
+    monkeypatch.setattr(cli, "jobs_in_process", jobs)
     assert cli.main(["demo", "--platform", "kuairand", "--data", str(folder)]) == 1  # no scoreboard yet
     assert yaml.safe_load((home.root / "kuairand" / "platform.yaml").read_text())["source"]["data"] == str(folder)
 
@@ -237,8 +238,8 @@ def test_what_killed_shells_have_spilled_is_removed(home):
 
 
 def test_where_to_look_names_the_platform():
-    assert 'make sql Q="' in cli._where_to_look("adworld")
-    assert 'make sql PLATFORM=mine Q="' in cli._where_to_look("mine")
+    assert 'make sql Q="' in scoreboard._where_to_look("adworld")
+    assert 'make sql PLATFORM=mine Q="' in scoreboard._where_to_look("mine")
 
 
 def test_folders_that_a_file_names_are_sought_where_it_lies(home, tmp_path, monkeypatch):
@@ -254,7 +255,7 @@ def test_folders_that_a_file_names_are_sought_where_it_lies(home, tmp_path, monk
 
 
 def test_a_prompt_on_nothing_says_so(home, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_duckdb", lambda: "true")
+    monkeypatch.setattr(shell, "_duckdb", lambda: "true")
     assert cli.main(["sql", "FROM impressions"]) == 0
     assert capsys.readouterr().err == "no day of adworld is built yet: every table is empty\n"
 
@@ -279,13 +280,29 @@ while true; do sleep 0.1; done
 """
 
 
-@pytest.mark.parametrize(("command", "hook", "status"), [("ui", "_script", 0), ("sql", "_duckdb", 1)])
-def test_an_interrupt_waits_for_the_child(home, tmp_path, command, hook, status):
-    """A Ctrl-C reaches both: Dagster takes a while to stop, DuckDB's shell ends its query and decides for itself."""
-    child, ready = tmp_path / "child", tmp_path / "ready"
-    child.write_text(CHILD.format(ready=ready))
+MAIN = """
+import pathlib, sys
+from mtmd_assets import cli, shell, web
+web.SCRIPTS = pathlib.Path({folder!r})
+shell._duckdb = lambda: {folder!r} + "/dg"
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""`mtmd`, with the program `dg` of a folder in the place of Dagster's and of DuckDB's shell."""
+
+
+def program(folder, text):
+    """The code of `MAIN`, with a shell script as the program."""
+    child = folder / "dg"
+    child.write_text(text)
     child.chmod(0o755)
-    code = f"import sys; from mtmd_assets import cli; cli.{hook} = lambda *_: {str(child)!r}; sys.exit(cli.main(sys.argv[1:]))"
+    return MAIN.format(folder=str(folder))
+
+
+@pytest.mark.parametrize(("command", "status"), [("ui", 0), ("sql", 1)])
+def test_an_interrupt_waits_for_the_child(home, tmp_path, command, status):
+    """A Ctrl-C reaches both: Dagster takes a while to stop, DuckDB's shell ends its query and decides for itself."""
+    ready = tmp_path / "ready"
+    code = program(tmp_path, CHILD.format(ready=ready))
     port = ["--port", str(free_port())] if command == "ui" else []
     process = subprocess.Popen(
         [sys.executable, "-c", code, command, *port],
@@ -306,11 +323,10 @@ def test_an_interrupt_waits_for_the_child(home, tmp_path, command, hook, status)
 
 
 def test_whoever_ends_the_ui_ends_dagster(home, tmp_path):
-    child, ready = tmp_path / "child", tmp_path / "ready"
-    child.write_text(CHILD.format(ready=ready).replace("INT", "TERM"))
-    child.chmod(0o755)
-    code = f"import sys; from mtmd_assets import cli; cli._script = lambda *_: {str(child)!r}; sys.exit(cli.main(['ui', '--port', '{free_port()}']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    ready = tmp_path / "ready"
+    code = program(tmp_path, CHILD.format(ready=ready).replace("INT", "TERM"))
+    command = [sys.executable, "-c", code, "ui", "--port", str(free_port())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not ready.exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -321,13 +337,9 @@ def test_whoever_ends_the_ui_ends_dagster(home, tmp_path):
 
 def test_a_ui_started_in_the_background_passes_interrupts_on(home, tmp_path):
     """Dagster stops its own processes by interrupts, which a shell has what runs in the background ignore."""
-    child = tmp_path / "child"
-    child.write_text("#!/bin/sh\nkill -INT $$\nexit 0\n")
-    child.chmod(0o755)
-    code = f"import sys; from mtmd_assets import cli; cli._script = lambda *_: {str(child)!r}; sys.exit(cli.main(['ui', '--port', '{free_port()}']))"
-    process = subprocess.run(
-        [sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), check=False
-    )
+    code = program(tmp_path, "#!/bin/sh\nkill -INT $$\nexit 0\n")
+    command = [sys.executable, "-c", code, "ui", "--port", str(free_port())]
+    process = subprocess.run(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), check=False)
     assert process.returncode != 0, "the child was ended by its interrupt"
 
 
