@@ -1,4 +1,16 @@
-"""The Dagster code location: what runs when, on which day."""
+"""The Dagster code location: what runs when, on which day.
+
+The platform file    platform, platform_parts, platform_checks, platform_names; home: the registered ones
+The lake             warehouse, tables
+A day                sources: read; intake, snapshots: its bad rows; ranker: scores, where the log has none; history: features
+                     of earlier days; join: examples; contract: what features they should have; faults: what refuses it
+Models               model_store
+Experiments          contenders: who is compared, and how trained; training_pool: trained; training_record: what is kept;
+                     improvement, intervals, calibration_table, domain_shift: compared; tuning, trial_record: the search;
+                     results: written down; study: all of it, from logs to document
+Dagster              assets, automation, definitions; runs, processes: those that died; pictures: plots and tables
+The command `mtmd`   cli, jobs, scoreboard, shell, web
+"""
 
 import os
 

@@ -1,10 +1,13 @@
 """What Dagster is given: everything of every registered platform, loadable, jobs apart."""
 
+import pkgutil
+import re
 import subprocess
 import sys
 
 import dagster as dg
 
+import mtmd_assets
 from mtmd_assets.definitions import build_definitions
 from mtmd_assets.home import CHECKOUT, Home
 from tests.worlds import small_adworld
@@ -79,3 +82,8 @@ def test_the_workspace_file_names_the_location():
 
     [entry] = yaml.safe_load((CHECKOUT / "workspace.yaml").read_text())["load_from"]
     assert entry == {"python_module": {"module_name": "mtmd_assets.definitions", "location_name": "mtmd"}}
+
+
+def test_the_map_of_the_package_names_every_module():
+    modules = {m.name for m in pkgutil.iter_modules(mtmd_assets.__path__)}
+    assert modules <= set(re.findall(r"\w+", mtmd_assets.__doc__ or ""))
