@@ -4,16 +4,15 @@ import random
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
-import pytest
 import yaml
 
 from mtmd_assets.home import Home
 from mtmd_assets.platform import SHIPPED
-from tests.sources.kuairand_folder import log_row, write_folder
-from tests.worlds import KUAIRAND, SCORED, Runner, cli_output, query, show_failure
+from tests.sources.kuairand_folder import EXCERPT, log_row, needs_excerpt, write_folder
+from tests.worlds import SCORED, Runner, cli_output, query, show_failure
 
 
-@pytest.mark.skipif(not KUAIRAND.is_dir(), reason="../shared/data/KuaiRand-Pure is not there")
+@needs_excerpt
 def test_kuairand_end_to_end(tmp_path):
     """Three days of real logs train the ranker, it scores the next four, and MTMD learns from them."""
     content = yaml.safe_load((SHIPPED / "kuairand.yaml").read_text())
@@ -21,7 +20,7 @@ def test_kuairand_end_to_end(tmp_path):
     content["end"] = "2022-04-30"
     file = tmp_path / "kuairand.yaml"
     file.write_text(yaml.safe_dump(content))
-    runner = Runner(Home(tmp_path / "home").register(str(file), str(KUAIRAND)))
+    runner = Runner(Home(tmp_path / "home").register(str(file), str(EXCERPT)))
     start = runner.site.platform.start
     result = runner.run("data", start, date(2022, 4, 30))
     assert result.success, show_failure(result)

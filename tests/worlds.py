@@ -13,10 +13,9 @@ import dagster as dg
 import duckdb
 import yaml
 
-from mtmd_assets.home import CHECKOUT, Home, Site
+from mtmd_assets.home import Home, Site
 from mtmd_assets.platform import SHIPPED
 
-KUAIRAND = CHECKOUT.parent / "shared" / "data" / "KuaiRand-Pure"
 SCORED = ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings")
 """Tables of an evaluated day."""
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mtmd_assets.home import CHECKOUT
 from mtmd_assets.platform import Platform, shipped_platform
 
-EXCERPT = Path(__file__).parents[3] / "shared" / "data" / "KuaiRand-Pure"
+EXCERPT = CHECKOUT.parent / "shared" / "data" / "KuaiRand-Pure"
 
 needs_excerpt = pytest.mark.skipif(not EXCERPT.is_dir(), reason=f"the KuaiRand-Pure excerpt is not at {EXCERPT}")
 
