@@ -1,10 +1,12 @@
 # Everything is self-sufficient on a fresh clone with Python 3.11+ and make.
 PYTHON ?= python3
 PLATFORM ?= adworld
-# As it was typed: make leaves its dollar signs alone.
+# As they were typed: make leaves their dollar signs alone.
 override export Q := $(value Q)
+override export DATA := $(value DATA)
+override export TRY := $(value TRY)
 BIN := .venv/bin
-DATA_FLAG := $(if $(DATA),--data "$(DATA)")
+DATA_FLAG := $(if $(DATA),--data "$$DATA")
 
 .PHONY: help demo test lint ui sql scoreboard results tune bench clean
 .DEFAULT_GOAL := help
@@ -36,7 +38,7 @@ results: .venv/ready ## MTMD against its contenders and ablations, into docs/res
 	@$(BIN)/mtmd results --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
 tune: .venv/ready ## The search behind the settings of MTMD and its contenders; one change alone, on every tuning day with two seeds: TRY="max_epochs=45" MODELS=mtmd
-	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(TRY),--try "$(TRY)")
+	@$(BIN)/mtmd tune --platform $(PLATFORM) $(DATA_FLAG) $(if $(MODELS),--models "$(MODELS)") $(if $(TRY),--try "$$TRY")
 
 bench: .venv/ready ## Speed and memory beside limits and peers: ONLY=feed,step for some, LARGE=1 for the goals' own sizes
 	@$(BIN)/python -m benchmarks.bench $(if $(ONLY),--only "$(ONLY)") $(if $(LARGE),--large)

@@ -87,7 +87,7 @@ def change_of(platform: Platform, model: str) -> Change:
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
     passes = platform.experiments.max_epochs
-    settings = own_settings(platform, model).model_dump(exclude_none=True)
+    settings = own_settings(platform, model).given()
     change = Change(model) if model in CONTENDERS else ABLATIONS.get(model, Change())
     return change.on({**({} if passes is None else {"max_epochs": passes}), **settings})
 

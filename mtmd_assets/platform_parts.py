@@ -352,6 +352,10 @@ class OwnSettings(Frozen):
     averaged_passes: Number | None = Field(None, ge=0)
     main_effects: bool | None = None
 
+    def given(self) -> dict[str, Any]:
+        """What the file says, in its words: of what is null a deviation only, which means unrelated experts."""
+        return {k: v for k, v in self.model_dump(exclude_unset=True).items() if v is not None or k == "deviation"}
+
 
 class PooledSettings(OwnSettings):
     """Those of a model whose domains or slices are partially pooled."""

@@ -132,7 +132,8 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
         tries: if any, only these changes, beside what is there of other trials too (`tuning.given`).
 
     Raises:
-        PlatformError: a model that is not searched, a document that is not of results, or as `tuning.given`.
+        PlatformError: a model that is not searched, a document that is not of results, a platform file without tuning days, or
+            as `tuning.given`.
     """
     from mtmd_assets import tuning
     from mtmd_assets.results.document import require_results, write_sections
@@ -145,8 +146,9 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     require_results(document)
     evaluation_days(site)
     days = sorted(site.platform.experiments.tuning_days)
-    if days:
-        build_days(site, site.platform.window(days[0])[0], days[-1], run, step)
+    if not days:
+        raise PlatformError(f"{site.platform.name}: the platform file names no experiments.tuning_days, to search on")
+    build_days(site, site.platform.window(days[0])[0], days[-1], run, step)
     with step(f"try {', '.join(models)}"):
         new = [m for m in models if m not in set(_published_trials(site)["model"])]
         for table in tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True), tries):

@@ -106,7 +106,9 @@ def given(platform: Platform, model: str, tries: Sequence[str]) -> dict[str, Map
             reason = e.errors()[0] if isinstance(e, ValidationError) else {"loc": (), "msg": str(e)}
             where = ".".join(map(str, reason["loc"]))
             raise PlatformError(f"--try {text!r} of {model}: {where}: {reason['msg']}") from None
-        changes[text] = settings.model_dump(exclude_none=True)
+        changes[text] = settings.given()
+        if len(changes[text]) < len(pairs):
+            raise PlatformError(f"--try {text!r} of {model}: what is null, or comes twice, changes nothing")
     return changes
 
 
@@ -172,16 +174,12 @@ def tune(
 
     Raises:
         PlatformError: as `given`.
-        Withheld: the platform file has no tuning days, a day of a window is not published, or a tuning day has no cell that
-            is large enough.
+        Withheld: a day of a window is not published, or a tuning day has no cell that is large enough.
     """
     import polars as pl
 
     platform = site.platform
     days = platform.experiments.tuning_days
-    if not days:
-        raise Withheld(f"{platform.name}: the platform file names no experiments.tuning_days")
-
     for day in days:
         _require_cells(site, day)
     *others, last = sorted(days)

@@ -393,6 +393,19 @@ def test_make_leaves_the_query_alone(tmp_path, query):
 
 
 @needs_make
+@pytest.mark.parametrize("folder", ["a folder", "$HOME/$(x)/'it'"])
+def test_make_passes_on_what_results_and_tune_are_told(tmp_path, folder):
+    of_both = f"<--platform><mine><--data><{folder}><--models><mtmd,no_cross>"
+    told = ["PLATFORM=mine", f"DATA={folder}", "MODELS=mtmd,no_cross"]
+    assert make(tmp_path, "results", *told, "SEEDS=2") == f"<results>{of_both}<--seeds><2>"
+    assert make(tmp_path, "tune", *told, "TRY=max_epochs=45 dropout=0.1") == (
+        f"<tune>{of_both}<--try><max_epochs=45 dropout=0.1>"
+    )
+    assert make(tmp_path, "demo", *told) == f"<demo><--platform><mine><--data><{folder}>"
+    assert make(tmp_path, "results") == "<results><--platform><adworld>"
+
+
+@needs_make
 def test_make_passes_the_port_on(tmp_path):
     assert make(tmp_path, "ui", "PORT=3001") == "<ui><--port><3001>"
     assert make(tmp_path, "ui") == "<ui>"

@@ -120,6 +120,7 @@ def test_bootstrap_is_the_formula_on_resampled_rows() -> None:
     same = np.random.default_rng(5)
     users_BU = resample_counts(same, 7, 40)
     mtmd_DBS, contender_DBS = ([seed_shares(same, 3, 40) for _ in DAYS] for _ in range(2))
+    value_C, replicates_CB, trainings = [], [], []
     for cell in range(2):
         at = slice(30 * cell, 30 * cell + 30)
         day_N = (table["day"][at] == DAYS[1]).to_numpy().astype(int)
@@ -134,12 +135,18 @@ def test_bootstrap_is_the_formula_on_resampled_rows() -> None:
             values.append((c - m) / c)
         m, c = (e[:, at].mean() for e in errors)
         by_day = [[[x[day_N == d].sum() / 30 for x in e[:, at]] for d in range(2)] for e in errors]
-        parts = np.var(by_day, axis=2, ddof=1) / 3 * np.array([[1 / c**2], [m**2 / c**4]])
+        value_C.append((c - m) / c)
+        replicates_CB.append(values)
+        trainings.append(np.array(by_day) * np.array([-1 / c, m / c**2])[:, None, None])
+    # of the mean too: its cells share users and trainings, which makes it stray more than theirs alone would
+    for line, cells in (({"surface": "s0"}, [0]), ({"surface": "s1"}, [1]), ({"surface": None, "task": None}, [0, 1])):
+        value, values = (np.mean([x[c] for c in cells], axis=0) for x in (value_C, replicates_CB))
+        parts = np.var(np.mean([trainings[c] for c in cells], axis=0), axis=2, ddof=1) / 3
         freedom = max(np.var(values, ddof=1), parts.sum()) ** 2 / (parts**2 / 2).sum()
         stretch = t.ppf(0.975, freedom) / norm.ppf(0.975)
-        value = (c - m) / c
         expected = value + stretch * (np.quantile(values, [0.025, 0.975]) - value)
-        row = whole(out, surface=f"s{cell}")
+        row = whole(out, **line)
+        assert row["improvement"] == pytest.approx(value)
         assert [row["low"], row["high"]] == pytest.approx(expected, abs=1e-5)
 
 
@@ -162,15 +169,18 @@ def test_coverage() -> None:
     rng = np.random.default_rng(0)
     factor_C = np.linspace(0.7, 1.2, 8)
     truth_C, sets = 1 - factor_C, 100
-    pointwise, joint = 0.0, 0.0
+    pointwise, joint, of_mean = 0.0, 0.0, 0.0
     for seed in range(sets):
         out = improvement_table(*simulated(rng, factor_C, users=120, seeds=2), replicates=300, seed=seed)
         cells = out.filter(pl.col("bucket").is_null(), pl.col("surface").is_not_null())
         low, high, joint_low, joint_high = (cells[c].to_numpy() for c in ("low", "high", "joint_low", "joint_high"))
         pointwise += ((low <= truth_C) & (truth_C <= high)).mean() / sets
         joint += ((joint_low <= truth_C) & (truth_C <= joint_high)).all() / sets
+        mean = whole(out, surface=None, task=None)
+        of_mean += (mean["low"] <= truth_C.mean() <= mean["high"]) / sets
     assert 0.92 <= pointwise <= 0.98
     assert 0.91 <= joint <= 0.99
+    assert 0.90 <= of_mean <= 0.99
 
 
 def test_rows_of_a_user_are_no_new_evidence() -> None:

@@ -184,6 +184,18 @@ def test_each_training_says_whether_its_loss_jumped(pipeline, tmp_path, monkeypa
     assert verdict.description == "epoch 1: training loss 0.05000 after 0.02000"
 
 
+def test_each_evaluated_day_says_whether_its_routers_are_used(pipeline):
+    """After few passes from gates that start equal they still are: a warning, with every router by name."""
+    verdicts = pipeline.checks("routing", "routing_metrics")
+    assert len(verdicts) == len(pipeline.materialized("routing_metrics"))
+    routers = "SELECT DISTINCT ds, tower, domain, task FROM routing_metrics WHERE entropy > 0.99 * ln(3)"
+    uniform = len(query(pipeline, routers))
+    assert uniform > 0
+    assert sum(v.metadata["faults"].value for v in verdicts) == uniform
+    assert {(v.passed, v.severity) for v in verdicts} == {(False, dg.AssetCheckSeverity.WARN)}
+    assert "every row weighs the experts alike" in verdicts[0].description
+
+
 def test_metadata_has_pictures_and_previews(pipeline):
     def latest(table):
         record = pipeline.instance.fetch_materializations(pipeline.key(table), limit=1).records[0]
@@ -191,6 +203,7 @@ def test_metadata_has_pictures_and_previews(pipeline):
 
     assert "data:image/png;base64," in latest("models")["loss curve"].value
     assert "data:image/png;base64," in latest("slice_metrics")["LogMAE"].value
+    assert "data:image/png;base64," in latest("routing_metrics")["mean gates"].value
     assert "| impression_id |" in latest("joined_examples")["preview"].value
     assert latest("joined_examples")["dagster/row_count"].value > 2_000
 

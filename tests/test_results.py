@@ -1,10 +1,14 @@
 """docs/results.md says what the tables of the experiments say."""
 
+import math
 import re
 import shutil
 from datetime import timedelta
+from statistics import median
 
+import duckdb
 import numpy as np
+import polars as pl
 import pytest
 
 from checks import routing
@@ -134,9 +138,33 @@ def test_mtmds_error_is_that_of_all_its_seeds_whatever_a_contender_has(studied):
     assert line.split(" | ")[4] == f"{error:.4f}"
     assert "(one seed)" in line
     [line] = [line for line in shown.splitlines() if line.startswith("| slice_towers |")]
-    seeds, _, cells, _, better, worse, few, _ = line.removeprefix("| slice_towers | ").split(" | ")
+    seeds, _, cells, _, better, worse, few, *_ = line.removeprefix("| slice_towers | ").split(" | ")
     assert (seeds, better, worse, few) == ("1", "", "", ""), "one seed does not say which cells are better"
     assert int(cells) > 0
+
+
+def test_the_headline_counts_the_cells_with_enough_rows_by_hand():
+    """Cells of 199 rows are in no count; the smallest of all that count, and of those with 500 rows."""
+    cells = [
+        ("a", 199, -0.9, -1.0, -0.8),
+        ("b", 200, -0.2, -0.3, -0.1),
+        ("c", 499, -0.1, -0.2, 0.1),
+        ("d", 500, 0.1, -0.1, 0.3),
+        ("e", 900, 0.3, 0.1, 0.5),
+        ("f", 900, 0.2, None, None),
+    ]
+    columns = ["surface", "rows", "improvement", "joint_low", "joint_high"]
+    result = pl.DataFrame(cells, schema=columns, orient="row").with_columns(product=pl.lit("p"), task=pl.lit("t"))
+    mean = {"improvement": 0.06, "low": 0.01, "high": 0.11, "rows": 2999}
+    result = pl.concat([result, pl.DataFrame([mean])], how="diagonal").with_columns(
+        pl.lit("mmoe_dcn").alias("contender"), pl.lit(None, pl.Int64).alias("bucket"), pl.lit(3).alias("seeds")
+    )
+    with duckdb.connect() as con:
+        con.register("result", result)
+        shown = headline_of(con, CONTENDERS)
+    assert shown.splitlines()[2:] == [
+        "| mmoe_dcn | 3 | +6.0% [+1.0%, +11.0%] | 5 | 3 | 1 | 1 | 1 | -20.0% (b p t) | +10.0% (d p t) |"
+    ]
 
 
 def test_cells_whose_users_are_too_few_for_a_verdict_are_counted():
@@ -197,6 +225,16 @@ def test_the_failure_signatures_of_the_routers_are_counted(studied, monkeypatch)
     assert f"in {routers} routers of all days and seeds: {routers} uniform." in text()
     monkeypatch.setattr(routing, "UNIFORM", 1.1)
     assert f"in {routers} routers of all days and seeds: none." in text()
+    shares = [
+        entropy / math.log(experts)
+        for entropy, experts in query(
+            studied,
+            "SELECT any_value(entropy), count(*) FROM experiment_routing_metrics GROUP BY model_version, tower, domain, task",
+        )
+    ]
+    assert f"{median(shares):.1%} of the largest possible in the median router, {min(shares):.1%} in the" in re.sub(
+        r"\s+", " ", text()
+    )
 
 
 def test_the_trainings_whose_loss_jumped_are_counted(studied, monkeypatch):

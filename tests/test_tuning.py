@@ -247,6 +247,8 @@ def test_a_trial_that_diverges_comes_last(searched):
         ("dropout", "dropout: "),
         ("experts=3", "experts: Extra inputs"),
         ("preset=[", "--try"),
+        ("dropout=null", "changes nothing"),
+        ("dropout=0.1 dropout=0.2", "changes nothing"),
     ],
 )
 def test_a_change_that_the_platform_file_could_not_have_is_refused(text, words):
@@ -256,6 +258,9 @@ def test_a_change_that_the_platform_file_could_not_have_is_refused(text, words):
     assert tuning.given(shipped_platform("adworld"), "mmoe_dcn", ["experts=3"]) == {
         tuning.START: {},
         "experts=3": {"experts": 3},
+    }
+    assert tuning.given(shipped_platform("adworld"), "mtmd", ["deviation=null"])["deviation=null"] == {
+        "deviation": None
     }
 
 
@@ -267,8 +272,8 @@ def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):
         study.evaluation_days(site)
     none = platform.experiments.model_copy(update={"tuning_days": ()})
     site = type(searched.site)(platform.model_copy(update={"experiments": none}), searched.site.folder)
-    with pytest.raises(Withheld, match="tuning_days"):
-        next(tuning.tune(site, ["mtmd"], 1, print))
+    with pytest.raises(PlatformError, match=r"names no experiments\.tuning_days"):
+        study.tune(site, ["mtmd"], searched.document, searched.run_step, quiet)
 
 
 def test_a_tuning_day_without_a_large_cell_is_said_before_anything_is_trained(searched, monkeypatch):

@@ -20,7 +20,7 @@ WHOLE = """SELECT (model, seed) FROM experiment_models WHERE ds BETWEEN $first A
 VERDICTS = ("better", "worse", "few users")
 """Columns of how many cells are so by their simultaneous intervals; the last have none."""
 LARGE_ROWS = 500
-"""Evaluation rows from which a cell's improvement counts as the smallest."""
+"""Evaluation rows from which a cell is large: the smallest improvement of these is named by itself."""
 
 
 @contextmanager
@@ -55,16 +55,20 @@ def headline_of(con: "DuckDBPyConnection", models: Collection[str]) -> str:
         cells = [r for r in found if r["surface"] is not None and r["improvement"] is not None]
         family = [r for r in cells if r["rows"] >= MIN_ROWS]
         above = sum(r["improvement"] > 0 for r in family)
-        large = [r for r in cells if r["rows"] >= LARGE_ROWS]
-        worst = min(large, key=lambda r: r["improvement"]) if large else None
-        smallest = (
-            f"{worst['improvement']:+.1%} ({worst['surface']} {worst['product']} {worst['task']})" if worst else ""
-        )
+        smallest = [_smallest(family), _smallest([r for r in family if r["rows"] >= LARGE_ROWS])]
         rows.append(
-            [model, mean["seeds"], interval(mean), len(family), above, *verdicts(family, mean["seeds"]), smallest]
+            [model, mean["seeds"], interval(mean), len(family), above, *verdicts(family, mean["seeds"]), *smallest]
         )
     header = ["model", "seeds", "mean improvement", "cells", "above zero", *VERDICTS]
-    return markdown_table([*header, f"smallest of the cells with {LARGE_ROWS} rows"], rows)
+    return markdown_table([*header, "smallest", f"smallest of the cells with {LARGE_ROWS} rows"], rows)
+
+
+def _smallest(cells: Sequence[dict[str, Any]]) -> str:
+    """The smallest improvement and its cell; empty of none."""
+    if not cells:
+        return ""
+    worst = min(cells, key=lambda r: r["improvement"])
+    return f"{worst['improvement']:+.1%} ({worst['surface']} {worst['product']} {worst['task']})"
 
 
 def span_of(con: "DuckDBPyConnection", models: Collection[str]) -> tuple[date, date, int] | None:

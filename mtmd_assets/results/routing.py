@@ -1,8 +1,12 @@
 """Who the routers use, and how many of them show a failure signature."""
 
+import math
 from collections import Counter
 from datetime import date
+from statistics import median
 from typing import TYPE_CHECKING
+
+import polars as pl
 
 from checks.routing import signatures
 from mtmd_assets.pictures import markdown_table
@@ -37,4 +41,16 @@ def _signatures(con: "DuckDBPyConnection", first: date, last: date, seeds: list[
     for _, model in models.group_by("model_version"):
         found.update({(s.tower, s.domain, s.task): s.fault for s in signatures(model.to_dicts())}.values())
     faults = ", ".join(f"{n} {fault}" for fault, n in found.most_common()) or "none"
-    return f"Failure signatures (`checks/routing.py`) in {routers} routers of all days and seeds: {faults}."
+    shares = sorted(_entropy_shares(models))
+    low, middle, high = shares[0], median(shares), shares[-1]
+    return f"""Failure signatures (`checks/routing.py`) in {routers} routers of all days and seeds: {faults}. How near they are to it:
+the entropy of a row's gates is {middle:.1%} of the largest possible in the median router, {low:.1%} in the most decided one
+and {high:.1%} in the least."""
+
+
+def _entropy_shares(models: pl.DataFrame) -> list[float]:
+    """Each router's entropy as a share of the logarithm of the number of its experts."""
+    routers = models.group_by("model_version", "tower", "domain", "task").agg(
+        pl.col("entropy").first(), pl.col("expert").n_unique().alias("experts")
+    )
+    return [entropy / math.log(experts) for entropy, experts in routers.select("entropy", "experts").iter_rows()]
