@@ -1,5 +1,6 @@
 """Records of trainings: what they hold, and that with them another home has the same results without training."""
 
+import re
 import shutil
 from datetime import date
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from mtmd_assets import study, training_record
 from mtmd_assets.assets import experiment_scoring, experiments
 from mtmd_assets.faults import Withheld
-from mtmd_assets.home import Site
+from mtmd_assets.home import CHECKOUT, Site
 from mtmd_model import checkpoint
 from tests.studied import DAYS, OF_DAY, TRAINED, quiet
 from tests.worlds import Runner, query, show_failure
@@ -174,3 +175,18 @@ def test_a_file_that_is_no_record_is_named(tmp_path, content):
             Withheld, match=r"mtmd-0-0123456789.parquet cannot be read as a training's record, remove it"
         ):
             reading(folder)
+
+
+def test_the_records_that_the_project_brings_are_those_of_its_document():
+    """Of the code that docs/results.md names: with others the result would not come out of them."""
+    [(of_mtmd, of_others)] = re.findall(
+        r"^## kuairand\n\n.*?code `(\w+)`, of the others `(\w+)`",
+        (CHECKOUT / "docs" / "results.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    records = sorted((CHECKOUT / "docs" / "records" / "kuairand").glob("*.parquet"))
+    found = {file.stem: training_record.manifest_of(file.with_suffix("")) for file in records}
+    assert len(found) >= 36
+    assert {name: m and m["code_version"] for name, m in found.items()} == {
+        name: of_mtmd if "-mtmd-" in name else of_others for name in found
+    }
