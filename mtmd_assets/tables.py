@@ -142,6 +142,9 @@ def tables(platform: "Platform") -> dict[str, Columns]:
             "high": "DOUBLE",
             "joint_low": "DOUBLE",
             "joint_high": "DOUBLE",
+            "by_rows": "DOUBLE",
+            "by_rows_low": "DOUBLE",
+            "by_rows_high": "DOUBLE",
         },
         "trials": {
             "model": "VARCHAR",

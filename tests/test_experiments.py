@@ -266,6 +266,23 @@ def test_a_day_that_is_withheld_fails_alone(studied, capsys):
     assert "10 of 10 models are trained already" in capsys.readouterr().out
 
 
+def test_a_task_has_the_improvement_of_all_its_rows_together_beside_the_mean_over_its_cells(studied):
+    of_model = """SELECT task, model, sum(rows * logmae) / sum(rows) FROM experiment_slice_metrics
+        WHERE bucket IS NULL AND seed IN (0, 1) AND model IN ('mtmd', 'pooled_towers') GROUP BY ALL"""
+    logmae = {(task, model): value for task, model, value in query(studied, of_model)}
+    found = query(
+        studied,
+        """SELECT task, by_rows, by_rows_low, by_rows_high FROM improvements
+        WHERE contender = 'pooled_towers' AND surface IS NULL AND task IS NOT NULL AND bucket IS NULL""",
+    )
+    assert {task for task, *_ in found} == {"ctr", "gctr", "octr", "cvr"}
+    for task, by_rows, low, high in found:
+        assert by_rows == pytest.approx(1 - logmae[task, "mtmd"] / logmae[task, "pooled_towers"])
+        assert low < by_rows < high
+    others = "SELECT count(by_rows) FROM improvements WHERE surface IS NOT NULL OR task IS NULL"
+    assert query(studied, others) == [(0,)], "of a cell it would be the same again"
+
+
 def test_an_unknown_model_is_refused(studied):
     config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd", "transformer"]}}}}
     result = studied.run("experiments", DAYS[0], config=config)

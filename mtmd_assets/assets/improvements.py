@@ -83,7 +83,9 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
                 )
                 continue
             ours, theirs = (_predictions_of(con, days, name, seeds) for name in ("mtmd", model))
-            table = improvement_table(ours, theirs)
+            table = improvement_table(ours, theirs).join(
+                _by_rows(ours, theirs), on=["surface", "task", "bucket"], how="left", nulls_equal=True
+            )
             tables.append(table.with_columns(contender=pl.lit(model), eval_start=pl.lit(days[0])))
             versions[model] = [
                 (t.version, scored[day][1])
@@ -123,6 +125,25 @@ def _common_seeds(days: Sequence[Sequence[Trained]], model: str) -> list[int]:
     """The seeds that a model and mtmd have on every day."""
     return sorted(
         set.intersection(*({t.seed for t in of_day if t.model == name} for of_day in days for name in (model, "mtmd")))
+    )
+
+
+def _by_rows(ours: "pl.DataFrame", theirs: "pl.DataFrame") -> "pl.DataFrame":
+    """Improvement of the LogMAE of all rows of a task together, with its pointwise interval, as further columns of the
+    task's lines: in these a large slice counts for more, in the mean over cells for as much as a small one."""
+    import polars as pl
+
+    from mtmd_assets.improvement import improvement_table
+
+    everywhere = [pl.lit("all").alias(column) for column in ("surface", "product")]
+    of_tasks = improvement_table(ours.with_columns(everywhere), theirs.with_columns(everywhere))
+    return of_tasks.filter(pl.col("surface").is_not_null()).select(
+        pl.lit(None, pl.String).alias("surface"),
+        "task",
+        "bucket",
+        pl.col("improvement").alias("by_rows"),
+        pl.col("low").alias("by_rows_low"),
+        pl.col("high").alias("by_rows_high"),
     )
 
 

@@ -1,7 +1,7 @@
 """The section of MTMD against its contenders (paper, table 1), with all that is known of MTMD's own models."""
 
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Site
@@ -57,26 +57,25 @@ def _tasks(con: "DuckDBPyConnection", site: Site) -> list[str]:
         (r["contender"], r["task"]): r
         for r in rows_where(con, "surface IS NULL AND task IS NOT NULL AND bucket IS NULL AND improvement IS NOT NULL")
     }
-    of_rows = dict(
-        con.execute(
-            """SELECT (contender, task), 1 - sum(rows * mtmd) / sum(rows * contender_logmae)
-            FROM result WHERE surface IS NOT NULL AND bucket IS NULL GROUP BY contender, task"""
-        ).fetchall()
-    )
     contenders = [c for c in CONTENDERS if any(contender == c for contender, _ in means)]
     if not contenders:
         return []
     rows = [
-        [task, *(x for c in contenders for x in (interval(means[c, task]), f"{of_rows[c, task]:+.1%}"))]
+        [task, *(x for c in contenders for x in (interval(means[c, task]), interval(_by_rows(means[c, task]))))]
         for task in site.platform.task_names
         if all((c, task) in means for c in contenders)
     ]
     if not rows:
         return []
     words = """By task: the mean over its cells, and *by rows* the improvement of the LogMAE of all its rows together, in which large
-slices count for more (without an interval)."""
+slices count for more."""
     header = ["task", *(x for c in contenders for x in (f"over {c}", "by rows"))]
     return [words, markdown_table(header, rows)]
+
+
+def _by_rows(mean: dict[str, Any]) -> dict[str, Any]:
+    """A task's line, of all its rows together."""
+    return {**mean, "improvement": mean["by_rows"], "low": mean["by_rows_low"], "high": mean["by_rows_high"]}
 
 
 def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds: list[int]) -> str:
