@@ -4,7 +4,6 @@ from datetime import date
 
 import numpy as np
 import pyarrow.parquet as pq
-import pytest
 import torch
 
 from benchmarks.parts import directions, report, towers
@@ -15,14 +14,9 @@ from mtmd_model.squeeze_excitation import SqueezeExcitation
 TRAINED, EVALUATED = date(2026, 1, 3), date(2026, 1, 4)
 
 
-@pytest.fixture
-def model_and_rows(pipeline):
+def test_parts_that_do_nothing_measure_as_nothing(pipeline):
     model = model_store.load(pipeline.site, model_store.trained_on(pipeline.site, TRAINED))
-    return model, pq.read_table(pipeline.site.warehouse.path("joined_examples", EVALUATED), partitioning=None)
-
-
-def test_parts_that_do_nothing_measure_as_nothing(model_and_rows):
-    model, rows = model_and_rows
+    rows = pq.read_table(pipeline.site.warehouse.path("joined_examples", EVALUATED), partitioning=None)
     before = towers(model, rows)
     assert [side for side, *_ in before] == ["query", "item"]
     assert all(float(x) > 0 for row in before for x in row[1:])
