@@ -10,11 +10,12 @@ from zoneinfo import ZoneInfo
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, is_mtmd
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Site
-from mtmd_assets.jobs import Run
 
 if TYPE_CHECKING:
     import polars as pl
 
+Run = Callable[..., None]
+"""As `jobs.Run`, for tests to stand in."""
 Step = Callable[[str], AbstractContextManager[None]]
 
 
