@@ -20,7 +20,7 @@ from mtmd_assets.cli import results
 from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Home, Site
 from mtmd_assets.improvement import MIN_ROWS
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.platform import SHIPPED
 
 FIRST_SEED = 101

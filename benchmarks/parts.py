@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_model import checkpoint
 from mtmd_model.domain_expert import DomainExpert
 from mtmd_model.predict import Predictor

@@ -7,13 +7,29 @@ rows, missing, missing_rate, min_rate, max_rate, passed.
 import os
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import polars as pl
     from great_expectations import ValidationDefinition
 
 _KEY = ("surface", "product", "feature")
+
+
+@dataclass(frozen=True)
+class ContractRule:
+    """The allowed missing rate of one feature in one slice (surface x product), bounds included.
+
+    A slice without rows fails its rules, unless `contract.empty_slices` allows it; one of fewer rows than
+    `contract.judged_from` may lack anything.
+    """
+
+    surface: str
+    product: str
+    feature: str
+    rule: Literal["present", "absent"]
+    min_rate: float
+    max_rate: float
 
 
 @dataclass(frozen=True)

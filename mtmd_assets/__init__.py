@@ -3,12 +3,13 @@
 The platform file    platform, platform_parts, platform_checks, platform_names; home: the registered ones
 The lake             warehouse, tables
 A day                sources: read; intake, snapshots: its bad rows; ranker: scores, where the log has none; history: features
-                     of earlier days; join: examples; contract: what features they should have; faults: what refuses it
+                     of earlier days; join: examples; contract: what features they should have; windows: whether they are all
+                     there; faults: what refuses a day
 Models               model_store
 Experiments          contenders: who is compared, and how trained; training_pool: trained; training_record: what is kept;
                      improvement, intervals, calibration_table, domain_shift: compared; tuning, trial_record: the search;
                      results: written down; study: all of it, from logs to document
-Dagster              assets, automation, definitions; runs, processes: those that died; pictures: plots and tables
+Dagster              assets, automation, definitions; runs, processes: those that died; pictures, markdown: plots and tables
 The command `mtmd`   cli, jobs, scoreboard, shell, web
 """
 

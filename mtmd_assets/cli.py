@@ -151,10 +151,9 @@ def demo(home: Home, name: str, data: str | None) -> int:
 
     site = _site(home, name, data)
     platform = site.platform
-    evaluated = platform.end or platform.first_window_end + timedelta(1)
+    evaluated = platform.end or platform.first_evaluated
     trained = evaluated - timedelta(1)
-    seen = max(platform.start, platform.window(trained)[0] - timedelta(platform.history_days))
-    first = platform.start if not platform.logs_scores else seen
+    first = platform.built_from(platform.window(trained)[0])
     print(f"{platform.name}: {len(platform.slices)} slices, {len(platform.tasks)} tasks, home {home.root}", flush=True)
     with jobs_in_process(home, site) as run:
         with step(f"1/3 build and check the days {first} to {evaluated}"):

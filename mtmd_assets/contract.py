@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 import sql
-from checks.contract import ContractRule
+from checks.missingness import ContractRule
 from mtmd_assets.platform import Platform
 
 if TYPE_CHECKING:

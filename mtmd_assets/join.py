@@ -9,6 +9,7 @@ from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
 import sql
+from checks.accounting import RowCount
 from mtmd_assets.faults import BadFile, Withheld
 from mtmd_assets.history import create_history
 from mtmd_assets.platform import Platform
@@ -40,20 +41,10 @@ _INPUTS = {
 class AccountingError(RuntimeError):
     """Rows got lost or were doubled between two tables: a fault of this code, not of the data."""
 
-    def __init__(self, message: str, counts: "tuple[RowCount, ...]"):
+    def __init__(self, message: str, counts: tuple[RowCount, ...]):
         """`counts`: what became of each source's rows, as far as it is known."""
         super().__init__(message)
         self.counts = counts
-
-
-@dataclass(frozen=True)
-class RowCount:
-    """One row of `row_counts`."""
-
-    source: str
-    received: int
-    accepted: int
-    rejected: int
 
 
 @dataclass(frozen=True)
@@ -62,8 +53,6 @@ class Examples:
 
     rows: int
     counts: tuple[RowCount, ...]
-    reasons: dict[str, dict[str, int]]
-    """Source -> reason -> rejected rows."""
 
 
 def prepare_join(
@@ -73,11 +62,11 @@ def prepare_join(
     day: date,
     *,
     sample_rate: float | None = None,
+    with_history: bool = True,
 ) -> None:
     """Join a published day in `con`; leaves the temp view `joined`, with the columns of `joined_examples` and more.
 
-    Call `create_history` before it where the platform has features from history. `joined` is read at rate 1 for
-    evaluation days.
+    `joined` is read at rate 1 for evaluation days.
 
     Args:
         con: from `warehouse.connect()`; a later call for another day replaces everything.
@@ -85,13 +74,19 @@ def prepare_join(
         warehouse: holds the published day.
         day: the impressions' day.
         sample_rate: share of the impressions to keep; `join.sample_rate` when left out.
+        with_history: whether features from history are computed; otherwise they are missing.
 
     Raises:
-        Withheld: if the day's impressions or scores are not published.
+        Withheld: if the day's impressions or scores are not published, or an earlier day's that history reads.
         BadFile: if more than `join.max_rejected` of the impressions lack a valid score, or of the score rows are
             invalid or without impression.
     """
     rate = platform.join.sample_rate if sample_rate is None else sample_rate
+    unknown = ["impression_id", *(f"NULL::FLOAT AS {f.name}" for f in platform.features if f.history)]
+    history = f"SELECT {', '.join(unknown)} FROM impressions_of_day WHERE false"
+    if platform.history_days and with_history:
+        create_history(con, platform, warehouse, day)
+        history = "FROM history"
     for view, table in _INPUTS.items():
         if not warehouse.published(table, day):
             raise Withheld(f"{table} of {day} is not published: build the logs of that day first")
@@ -101,7 +96,6 @@ def prepare_join(
         )
     _create_slice_tasks(con, platform)
     # Materialised: it is read once for each time `joined` is.
-    history = "FROM history" if platform.history_days else "SELECT impression_id FROM impressions_of_day WHERE false"
     con.execute(f"CREATE OR REPLACE TEMP TABLE history_of_day AS {history}")
     con.execute(sql.text("sampling"))
     con.execute(f"CREATE OR REPLACE TEMP MACRO example_weight() AS {1 / rate!r}::DOUBLE")
@@ -124,8 +118,6 @@ def create_evaluated(con: "duckdb.DuckDBPyConnection", platform: Platform, wareh
         file = warehouse.path("joined_examples", day)
         con.execute(f"CREATE TEMP VIEW evaluated AS FROM read_parquet({sql.quoted(file)}, hive_partitioning = false)")
         return
-    if platform.history_days:
-        create_history(con, platform, warehouse, day)
     prepare_join(con, platform, warehouse, day, sample_rate=1.0)
     columns = ", ".join(warehouse.tables["joined_examples"])
     con.execute(f"CREATE TEMP TABLE evaluated AS SELECT {columns} FROM joined")
@@ -136,15 +128,19 @@ def build_examples(
     platform: Platform,
     stage: Stage,
     day: date,
+    *,
+    with_history: bool = True,
 ) -> Examples:
     """Join a day, published or staged, and stage its `joined_examples`, `rejected_rows` and `row_counts`.
+
+    Arguments as of `prepare_join`.
 
     Raises:
         Withheld: see `prepare_join`.
         BadFile: see `prepare_join`.
         AccountingError: see `check_accounting`.
     """
-    prepare_join(con, platform, stage, day)
+    prepare_join(con, platform, stage, day, with_history=with_history)
     written = {
         "joined_of_day": stage.write(con, "joined_examples", day, "FROM joined"),
         "rejected_of_day": stage.write(con, "rejected_rows", day, sql.text("rejected_rows")),
@@ -156,11 +152,7 @@ def build_examples(
     con.execute(f"CREATE OR REPLACE TEMP TABLE row_counts_of_day AS {sql.text('row_counts')}")
     stage.write(con, "row_counts", day, "FROM row_counts_of_day")
     counts = check_accounting(con)
-    reasons: dict[str, dict[str, int]] = {c.source: {} for c in counts}
-    by_reason = "SELECT source, reason, count(*) AS rows FROM rejected_of_day GROUP BY ALL ORDER BY rows DESC, reason"
-    for source, reason, rows in con.execute(by_reason).fetchall():
-        reasons[source][reason] = rows
-    return Examples(counts[1].accepted, counts, reasons)
+    return Examples(counts[1].accepted, counts)
 
 
 def account_log(con: "duckdb.DuckDBPyConnection", stage: Stage, day: date) -> RowCount:

@@ -55,27 +55,6 @@ def heat_map(
     return _markdown(figure)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; numbers are right-aligned and shortened."""
-
-    def cell(v: object) -> str:
-        return (
-            f"{v:.4g}"
-            if isinstance(v, float)
-            else f"{v:,}"
-            if isinstance(v, int) and not isinstance(v, bool)
-            else str(v)
-        )
-
-    numeric = (
-        [all(isinstance(r[i], int | float | None) for r in rows) for i in range(len(header))]
-        if rows
-        else [False] * len(header)
-    )
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("--:" if n else "---" for n in numeric) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell(v) for v in r) + " |" for r in rows])
-
-
 def _markdown(figure: "Figure") -> "MarkdownMetadataValue":
     from dagster import MetadataValue
 

@@ -173,6 +173,16 @@ class Platform(Frozen):
         """The last day of the earliest window that lies within the scored days."""
         return self.scored_from + timedelta(self.training.window_days - 1)
 
+    @property
+    def first_evaluated(self) -> date:
+        """The first day that a model can score: the day after its window."""
+        return self.first_window_end + timedelta(1)
+
+    def built_from(self, day: date) -> date:
+        """The first day to build, so that examples of `day` and later can be: what features from history read of the
+        days before, or all of them where the built-in ranker has to be trained."""
+        return max(self.start, day - timedelta(self.history_days)) if self.logs_scores else self.start
+
     def has(self, feature: Feature, surface: str, product: str) -> bool:
         """Whether the contract expects the feature in a slice."""
         return surface in (feature.surfaces or self.surfaces) and product in (feature.products or self.products)

@@ -234,17 +234,21 @@ def _columns(platform: "Platform") -> None:
 
 def _dates(platform: "Platform") -> None:
     """Days that are named are the log's, and one that has ended is long enough for one day to be evaluated."""
-    for n, day in enumerate(platform.experiments.tuning_days):
-        if day < platform.start:
-            raise Fault(f"experiments.tuning_days.{n}", f"before the start, {platform.start}", str(day))
-    if platform.end is None:
-        return
-    if platform.end < platform.start:
-        raise Fault("end", f"before the start, {platform.start}", str(platform.end))
-    needed = platform.first_window_end + timedelta(1)
-    if platform.end < needed:
+    first, end, last_day = platform.first_evaluated, platform.end, platform.experiments.last_day
+    if end is not None and end < platform.start:
+        raise Fault("end", f"before the start, {platform.start}", end)
+    if end is not None and end < first:
         spent = f"training.window_days {platform.training.window_days}"
         if not platform.logs_scores and platform.ranker is not None:
             spent = f"ranker.train_days {platform.ranker.train_days} and {spent}"
-        problem = f"too early for a day to be evaluated: with {spent} it must be {needed} or later"
-        raise Fault("end", problem, str(platform.end))
+        raise Fault("end", f"too early for a day to be evaluated: with {spent} it must be {first} or later", end)
+    for n, day in enumerate(platform.experiments.tuning_days):
+        key, earliest = f"experiments.tuning_days.{n}", platform.scored_from + timedelta(1)
+        if day < earliest:
+            raise Fault(key, f"the first day with a day before it to train on is {earliest}", day)
+        if end is not None and day > end:
+            raise Fault(key, f"after the end, {end}", day)
+    if last_day is not None and last_day < first:
+        raise Fault("experiments.last_day", f"the first day that a model can score is {first}", last_day)
+    if last_day is not None and end is not None and last_day > end:
+        raise Fault("experiments.last_day", f"after the end, {end}", last_day)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import sql
 from mtmd_assets.home import ALWAYS, Site
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

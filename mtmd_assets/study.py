@@ -27,18 +27,12 @@ def evaluation_days(site: Site) -> list[date]:
         PlatformError: fewer days than the platform file asks for, or a tuning day among them.
     """
     platform, count = site.platform, site.platform.experiments.days
-    first_scored = platform.first_window_end + timedelta(1)
-    last = platform.experiments.last_day or platform.end or first_scored + timedelta(count - 1)
+    first = platform.first_evaluated
+    last = platform.experiments.last_day or platform.end or first + timedelta(count - 1)
     days = [last - timedelta(n) for n in reversed(range(count))]
-    if platform.end and last > platform.end:
-        raise PlatformError(f"{platform.name}: experiments.last_day {last} is after the log's end, {platform.end}")
-    if last < first_scored:
+    if days[0] < first:
         raise PlatformError(
-            f"{platform.name}: experiments.last_day {last} is before the first day that a model can score, {first_scored}"
-        )
-    if days[0] < first_scored:
-        raise PlatformError(
-            f"{platform.name}: experiments.days is {count}, but a model can score {first_scored} to {last} only"
+            f"{platform.name}: experiments.days is {count}, but a model can score {first} to {last} only"
         )
     late = [d for d in platform.experiments.tuning_days if d >= days[0]]
     if late:
@@ -63,10 +57,8 @@ def chosen(names: str) -> list[str]:
 def build_days(site: Site, first: date, last: date, run: Run, step: Step) -> None:
     """Build the examples of the days from `first` to `last` that can have some, if any are not there, in one run."""
     platform = site.platform
-    # features from history read the impressions of the days before
-    seen = max(platform.start, first - timedelta(platform.history_days))
-    start = platform.start if not platform.logs_scores else seen
     if site.warehouse.missing("joined_examples", max(first, platform.scored_from), last):
+        start = platform.built_from(first)
         with step(f"build and check the days {start} to {last}"):
             run("data", start, last)
 

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
@@ -22,10 +22,11 @@ from mtmd_assets import trial_record
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, own_settings
 from mtmd_assets.faults import PlatformError, Withheld
 from mtmd_assets.home import Site
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.platform import Platform
 from mtmd_assets.platform_parts import Preset
 from mtmd_assets.training_pool import TrainJob, data_hashes, is_current, train_all, training_jobs
+from mtmd_assets.windows import verify_window
 
 if TYPE_CHECKING:
     import polars as pl
@@ -174,7 +175,7 @@ def tune(
 
     Raises:
         PlatformError: as `given`.
-        Withheld: a day of a window is not published, or a tuning day has no cell that is large enough.
+        Withheld: a day of a window is not published (`verify_window`), or a tuning day has no cell that is large enough.
     """
     import polars as pl
 
@@ -253,12 +254,13 @@ def trial_window(platform: Platform, day: date) -> list[date]:
 
 
 def _job(site: Site, trial: _Trial) -> TrainJob:
-    """A trial's training on the days before its tuning day."""
-    day = trial.day
-    window = trial_window(site.platform, day)
-    holes = [d for d in window if not site.warehouse.published("joined_examples", d)]
-    if holes or len(window) < 2:
-        raise Withheld(f"joined_examples has no {', '.join(map(str, holes or [day - timedelta(1)]))}")
+    """A trial's training on the days before its tuning day.
+
+    Raises:
+        Withheld: as `verify_window`.
+    """
+    window = trial_window(site.platform, trial.day)
+    verify_window(site, window)
     trainings = {f"trial-{trial.model}-{trial.seed}": (trial.change, trial.seed)}
     [job] = training_jobs(site, window, trainings).values()
     return job
@@ -272,7 +274,7 @@ def _row(trial: _Trial, job: TrainJob) -> dict[str, Any]:
         "seed": trial.seed,
         "training": job.name,
         "config": json.dumps(job.config.to_dict()),
-        "window_start": date.fromisoformat(job.train_files[0].parent.name.removeprefix("ds=")),
+        "window_start": date.fromisoformat(job.manifest["window"][0]),
         "window_end": trial.day,
     }
     if job.diverged.is_file():

@@ -1,7 +1,8 @@
 -- Distance between a model's probabilities and the heavyweight scores, a row a slice x task and one a tenth of it.
 --
 -- Reads `scored` (model, model_version, seed, impression_id, surface, product, task, score, probability).
--- LogMAE is mean |ln p - ln t|, both floored at $floor; `floored` is the share of rows where either was.
+-- LogMAE is mean |ln p - ln t|. It, KL and BCE floor both at $floor (and 1 - p at 1e-12); `floored` is the share of rows
+-- where either was below.
 -- bucket 0 is the tenth of the slice with the highest score; null is the whole slice.
 WITH ranked AS (
     SELECT

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from checks.accounting import RowCount
 from mtmd_assets.faults import BadFile, Withheld
 from mtmd_assets.intake import take_in, write_intake
-from mtmd_assets.join import SCORE_FAULTS, AccountingError, RowCount, build_examples, check_accounting, prepare_join
+from mtmd_assets.join import SCORE_FAULTS, AccountingError, build_examples, check_accounting, prepare_join
 from mtmd_assets.platform import parse_platform
 from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import tables
@@ -122,6 +123,10 @@ def reasons(warehouse, source):
     return read(warehouse, f"SELECT impression_id, reason FROM rejected_rows WHERE source = '{source}' ORDER BY ALL")
 
 
+def reason_counts(warehouse, source):
+    return dict(read(warehouse, f"SELECT reason, count(*) FROM rejected_rows WHERE source = '{source}' GROUP BY ALL"))
+
+
 def test_the_latest_valid_score_wins(lake):
     scores = [
         score("a", hours=0.5, ctr=0.1, gctr=0.01),
@@ -149,7 +154,7 @@ def test_the_latest_valid_score_wins(lake):
         RowCount("impressions", 2, 2, 0),
         RowCount("heavyweight_scores", 6, 2, 4),
     )
-    assert examples.reasons["heavyweight_scores"] == {"superseded": 2, "invalid_score": 1, "late": 1}
+    assert reason_counts(warehouse, "heavyweight_scores") == {"superseded": 2, "invalid_score": 1, "late": 1}
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 0.0, 1.0, -0.1, 1.1, None])
@@ -218,9 +223,9 @@ def test_scores_of_rejected_impressions_do_not_count_towards_the_limit(lake):
     """The log's faulty rows are counted when it is taken in; 1 of 9 other score rows is an orphan."""
     log = impressions([f"i{k}" for k in range(10)], surfaces=["home"] * 8 + ["attic"] * 2)
     scores = [score(i) for i in [*log["impression_id"], "stranger"]]
-    _, examples = join(lake, platform(max_rejected=0.2), log, scores)
+    warehouse, examples = join(lake, platform(max_rejected=0.2), log, scores)
     assert examples.rows == 8
-    assert examples.reasons["heavyweight_scores"] == {"impression_rejected": 2, "orphan": 1}
+    assert reason_counts(warehouse, "heavyweight_scores") == {"impression_rejected": 2, "orphan": 1}
     with pytest.raises(BadFile, match=r"20.00% of 10 rows of heavyweight_scores.*'orphan': 2"):
         join(lake, platform(max_rejected=0.199), log.head(8), [*scores[:8], score("stranger"), score("other")])
 
@@ -294,12 +299,12 @@ def test_a_sample_is_chosen_by_the_id_alone(lake):
     assert 400 < len(expected) < 600
     log = impressions(ids)
     for log_, scores in [(log, [score(i) for i in ids]), (log.reverse(), [score(i) for i in ids[::-1]])]:
-        warehouse, examples = join(lake, platform(sample_rate=0.25, max_rejected=0.0), log_, scores)
+        warehouse, _ = join(lake, platform(sample_rate=0.25, max_rejected=0.0), log_, scores)
         sampled = read(warehouse, "SELECT impression_id, weight FROM joined_examples")
         assert sorted(sampled) == sorted((i, 4.0) for i in expected)
         out = 2000 - len(expected)
-        assert examples.reasons["impressions"] == {"sampled_out": out}
-        assert examples.reasons["heavyweight_scores"] == {"impression_sampled_out": out}
+        assert reason_counts(warehouse, "impressions") == {"sampled_out": out}
+        assert reason_counts(warehouse, "heavyweight_scores") == {"impression_sampled_out": out}
 
 
 def test_evaluation_joins_a_sampled_day_whole(lake):
@@ -319,12 +324,18 @@ def test_features_from_history_are_joined(tmp_path):
     toy = platform(
         history="  - {name: seen, side: item, kind: dense, history: {by: [item_id], of: impressions, days: 1}}"
     )
-    warehouse = publish(tmp_path, toy, impressions(["a", "b"]), [score("a"), score("b")])
+    log = impressions(["a", "b"]).with_columns(item_id=pl.Series(["x", "y"]))
+    warehouse = publish(tmp_path, toy, log, [score("a"), score("b")])
+    yesterday = log.with_columns(item_id=pl.lit("x"), ts=NOON - timedelta(1))
     with warehouse.connect() as con, warehouse.stage() as stage:
-        con.execute("CREATE TEMP VIEW history AS SELECT 'a' AS impression_id, 3.0::FLOAT AS seen")
-        build_examples(con, toy, stage, DAY)
+        con.register("yesterday", yesterday)
+        stage.write(con, "impressions", DAY - timedelta(1), "FROM yesterday")
         stage.publish()
-    assert read(warehouse, "SELECT impression_id, seen FROM joined_examples") == [("a", 3.0), ("b", None)]
+    for with_history, seen in ((True, [("a", 2.0), ("b", 0.0)]), (False, [("a", None), ("b", None)])):
+        with warehouse.connect() as con, warehouse.stage() as stage:
+            build_examples(con, toy, stage, DAY, with_history=with_history)
+            stage.publish()
+        assert read(warehouse, "SELECT impression_id, seen FROM joined_examples") == seen
 
 
 def test_a_day_whose_logs_are_not_published_is_withheld(tmp_path):
@@ -442,8 +453,8 @@ def test_the_join_equals_the_reference(lake, day, rate):
     joined, lost, faults = reference(toy, log, scores, rate)
     query = "SELECT impression_id, score_ctr, score_gctr, ranker_version, weight FROM joined_examples"
     assert read(warehouse, query) == joined
-    assert examples.reasons["impressions"] == lost
-    assert examples.reasons["heavyweight_scores"] == faults
+    assert reason_counts(warehouse, "impressions") == lost
+    assert reason_counts(warehouse, "heavyweight_scores") == faults
     assert examples.counts == (
         RowCount("log", log.height, log.height, 0),
         RowCount("impressions", log.height, len(joined), sum(lost.values())),

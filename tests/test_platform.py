@@ -203,7 +203,11 @@ MISTAKES = [
     (parquet(columns={"price": "age"}), "source.columns.price", "age"),
     # experiments
     ({"experiments": {"tuning_days": ["2026-01-03", "2026-01-03"]}}, "experiments.tuning_days.1", "2026-01-03"),
-    ({"experiments": {"tuning_days": ["2025-12-31"]}}, "experiments.tuning_days.0", "2025-12-31"),
+    ({"experiments": {"tuning_days": ["2026-01-01"]}}, "experiments.tuning_days.0", "2026-01-01"),
+    ({**parquet(), "experiments": {"tuning_days": ["2026-01-04"]}}, "experiments.tuning_days.0", "2026-01-04"),
+    ({"end": "2026-02-01", "experiments": {"tuning_days": ["2026-02-02"]}}, "experiments.tuning_days.0", "2026-02-02"),
+    ({"experiments": {"last_day": "2026-01-07"}}, "experiments.last_day", "2026-01-07"),
+    ({"end": "2026-02-01", "experiments": {"last_day": "2026-02-02"}}, "experiments.last_day", "2026-02-02"),
     ({"experiments": {"days": 2, "ablation_days": 3}}, "experiments.ablation_days", "3"),
     ({"experiments": {"contenders": {"pooled_towers": {"experts": 4}}}}, "experiments.contenders", "4"),
     ({"experiments": {"contenders": {"slice_towers": {"deviation": 0.1}}}}, "experiments.contenders", "0.1"),
@@ -407,6 +411,15 @@ def test_windows():
     platform = parse_platform(broken(training={"window_days": 3}), "toy.yaml")
     assert platform.window(date(2026, 1, 5)) == [date(2026, 1, 3), date(2026, 1, 4), date(2026, 1, 5)]
     assert platform.first_window_end == date(2026, 1, 3)
+    assert platform.first_evaluated == date(2026, 1, 4)
+
+
+def test_days_are_built_from_where_features_read_them():
+    platform = parse_platform(broken(**history(["item_id"])), "toy.yaml")
+    assert platform.built_from(date(2026, 1, 20)) == date(2026, 1, 17)
+    assert platform.built_from(date(2026, 1, 2)) == date(2026, 1, 1)
+    without_scores = parse_platform(broken(**parquet()), "toy.yaml")
+    assert without_scores.built_from(date(2026, 1, 20)) == date(2026, 1, 1), "the ranker is trained on the first days"
 
 
 @pytest.mark.parametrize("name", ["adworld", "kuairand"])

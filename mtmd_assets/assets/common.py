@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.platform import Platform
 
 Metadata = dict[str, Any]
@@ -44,8 +45,6 @@ def daily_partitions(platform: Platform) -> dg.DailyPartitionsDefinition:
 
 def preview(con: Any, query: str, rows: int = 5) -> dg.MarkdownMetadataValue:
     """The first rows of a query as a table a person can read."""
-    from mtmd_assets.pictures import markdown_table
-
     cursor = con.execute(f"SELECT * FROM ({query}) LIMIT {rows}")
     header = [c[0] for c in cursor.description]
     return dg.MetadataValue.md(markdown_table(header, cursor.fetchall()))

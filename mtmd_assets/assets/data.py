@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from checks import dagster_results
+from checks.dagster_results import ACCOUNTING, CONTRACT, DRIFT, accounting_result, check_specs
 from mtmd_assets.assets import examples, logs, ranker
 from mtmd_assets.assets.common import DayReport, Done, Refused, asset_key, daily_partitions
 from mtmd_assets.assets.waiting import waiting
@@ -45,7 +45,7 @@ def data_assets(site: Site) -> dg.AssetsDefinition:
     @dg.multi_asset(
         name=f"{platform.name}_build_days",
         specs=specs,
-        check_specs=dagster_results.check_specs(asset_key(platform, "joined_examples")),
+        check_specs=check_specs(asset_key(platform, "joined_examples"), CONTRACT, ACCOUNTING, DRIFT),
         partitions_def=daily_partitions(platform),
         backfill_policy=dg.BackfillPolicy.single_run(),
         can_subset=True,
@@ -84,7 +84,7 @@ def _build_day(context: dg.AssetExecutionContext, site: Site, day: date, stage: 
     except BadFile as e:
         raise _as_received(e, stage, done) from e
     except AccountingError as e:
-        found = dagster_results.accounting_result(e.counts, str(e), asset_key(site.platform, "joined_examples"))
+        found = accounting_result(e.counts, asset_key(site.platform, "joined_examples"), str(e))
         raise Refused(f"rows got lost: {e}", [found]) from e
     stage.publish()
     report.add(day, done)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 import sql
-from checks.dagster_results import ROUTING, routing_result
+from checks.dagster_results import ROUTING, check_specs, routing_result
 from checks.routing import signatures
 from mtmd_assets.assets.common import Result, asset_key, preview
 from mtmd_assets.assets.scored_day import ScoredDay, scored_day_assets
@@ -33,12 +33,8 @@ TABLES = {
 
 def evaluation_assets(site: Site) -> dg.AssetsDefinition:
     """The multi-asset that evaluates one day of a platform."""
-    routing = dg.AssetCheckSpec(
-        ROUTING,
-        asset=asset_key(site.platform, "routing_metrics"),
-        description="No router weighs its experts alike for every row, gives all to one, or leaves one unused. Warns.",
-    )
-    return scored_day_assets(site, "evaluate", TABLES, _evaluate, [routing])
+    checks = check_specs(asset_key(site.platform, "routing_metrics"), ROUTING)
+    return scored_day_assets(site, "evaluate", TABLES, _evaluate, checks)
 
 
 def _evaluate(scored: ScoredDay) -> Iterator[Result]:

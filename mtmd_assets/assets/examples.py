@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from checks.accounting import RowCount
 from checks.dagster_results import accounting_result, contract_result, drift_result
 from checks.missingness import check_contract, check_drift, markdown
 from mtmd_assets.assets.common import Done, Metadata, Refused, asset_key, preview, table_specs
 from mtmd_assets.contract import measure_contract
-from mtmd_assets.history import create_history
 from mtmd_assets.home import Site
-from mtmd_assets.join import Examples, RowCount, account_log, build_examples
-from mtmd_assets.platform import Platform
+from mtmd_assets.join import Examples, account_log, build_examples
 from mtmd_assets.warehouse import Stage
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ def build(site: Site, day: date, stage: Stage) -> Done:
     with stage.connect() as con:
         if day < platform.scored_from:
             return Done(_of_the_log(con, account_log(con, stage, day), day))
-        if platform.history_days:
-            create_history(con, platform, stage, day)
         examples = build_examples(con, platform, stage, day)
         checks, audit = _check(con, site, stage, day, "joined_examples", examples.counts)
         return Done(_of_the_join(con, examples, day, audit), checks)
@@ -76,9 +73,9 @@ def build_log(site: Site, day: date, stage: Stage) -> Done:
     with stage.connect() as con:
         counts: tuple[RowCount, ...] = ()
         if _staged(stage, "heavyweight_scores", day):
-            _create_empty_history(con, platform, day)
-            counts = build_examples(con, platform, stage, day).counts
-        _, audit = _check(con, site, stage, day, "joined_examples" if counts else "impressions", counts, False)
+            counts = build_examples(con, platform, stage, day, with_history=False).counts
+        rows = "joined_examples" if counts else "impressions"
+        _, audit = _check(con, site, stage, day, rows, counts, with_history=False)
         count = account_log(con, stage, day)
         shown = {"feature_missingness": audit, **_of_the_log(con, count, day)}
     if counts:
@@ -93,6 +90,7 @@ def _check(
     day: date,
     rows: str,
     counts: tuple[RowCount, ...],
+    *,
     with_history: bool = True,
 ) -> tuple[list[dg.AssetCheckResult], Metadata]:
     """Hold the rows of a day against the contract: the results, and what a person wants to see of them.
@@ -100,12 +98,12 @@ def _check(
     Raises:
         Refused: if the day breaks the feature contract; see `build`.
     """
-    measured = measure_contract(con, site.platform, day, stage.path(rows, day), with_history)
+    measured = measure_contract(con, site.platform, day, stage.path(rows, day), with_history=with_history)
     stage.write(con, "feature_contract", day, "FROM contract_of_day")
     contract = check_contract(measured)
     drift = check_drift(con.sql(f"FROM feature_drift WHERE ds = '{day}'").pl())
     key = asset_key(site.platform, "joined_examples")
-    accounted = [accounting_result(counts, asset_key=key)] if counts else []
+    accounted = [accounting_result(counts, key)] if counts else []
     checks = [contract_result(contract, key), *accounted, drift_result(drift, key)]
     audit: Metadata = {
         "contract": dg.MetadataValue.md(markdown(contract)),
@@ -121,12 +119,6 @@ def _check(
         stage.publish()
         shown = {"feature_missingness": audit}
     raise Refused(f"the feature contract is broken: {markdown(contract, 20)}", checks, shown)
-
-
-def _create_empty_history(con: "DuckDBPyConnection", platform: Platform, day: date) -> None:
-    """The table of `create_history` without a value in it."""
-    columns = ", ".join(["impression_id", *(f"NULL::FLOAT AS {f.name}" for f in platform.features if f.history)])
-    con.execute(f"CREATE TEMP TABLE history AS SELECT {columns} FROM impressions WHERE ds = DATE '{day}'")
 
 
 def _of_the_log(con: "DuckDBPyConnection", count: RowCount, day: date) -> dict[str, Metadata]:

@@ -10,11 +10,11 @@ import sql
 from mtmd_assets import model_store, training_record
 from mtmd_assets.assets.common import Metadata, preview
 from mtmd_assets.assets.evaluation import create_scored, predictions
-from mtmd_assets.assets.training import rankers_of
 from mtmd_assets.contenders import MODELS, change_of
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
 from mtmd_assets.training_pool import TrainJob, training_jobs
+from mtmd_assets.windows import rankers_of
 from mtmd_model.metrics import FLOOR
 
 if TYPE_CHECKING:

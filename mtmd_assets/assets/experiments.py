@@ -14,12 +14,12 @@ from pydantic import Field
 from mtmd_assets import training_record
 from mtmd_assets.assets.common import DayReport, Done, Result, asset_key, daily_partitions, printed_log
 from mtmd_assets.assets.experiment_scoring import TABLES, Trained, jobs_of, score_day, scored_data_of
-from mtmd_assets.assets.training import verify_window
 from mtmd_assets.contenders import CONTENDERS, MODELS
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.runs import sign
 from mtmd_assets.training_pool import TrainJob, train_all
+from mtmd_assets.windows import verify_window
 
 
 class ExperimentConfig(dg.Config):
@@ -85,9 +85,8 @@ def run_experiments(context: dg.AssetExecutionContext, site: Site, config: Exper
     platform = site.platform
     windows: dict[date, list[date]] = {}
     for day in map(date.fromisoformat, context.partition_keys):
-        if day <= platform.first_window_end:
-            first = platform.first_window_end + timedelta(1)
-            context.log.info(f"{day}: nothing to do, the first model can score {first}")
+        if day < platform.first_evaluated:
+            context.log.info(f"{day}: nothing to do, the first model can score {platform.first_evaluated}")
             continue
         window = platform.window(day - timedelta(1))
         try:

@@ -9,7 +9,7 @@ from mtmd_assets import ranker
 from mtmd_assets.assets.common import Done, asset_key, preview
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.warehouse import Stage
 
 MODEL = ("heavyweight_ranker",)

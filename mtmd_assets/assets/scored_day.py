@@ -10,13 +10,13 @@ import dagster as dg
 
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import Result, asset_key, daily_partitions, selected, table_specs
-from mtmd_assets.assets.training import verify_window
 from mtmd_assets.assets.waiting import TRAINING_PATIENCE, waiting
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.join import create_evaluated
 from mtmd_assets.model_store import ModelRecord
 from mtmd_assets.runs import sign
+from mtmd_assets.windows import verify_window
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -73,9 +73,8 @@ def scored_day_assets(
     def scored_day(context: dg.AssetExecutionContext) -> Iterator[Result]:
         sign(context)
         day = date.fromisoformat(context.partition_key)
-        first = platform.first_window_end + timedelta(1)
-        if day < first:
-            context.log.info(f"{day}: nothing to do, the first model can score {first}")
+        if day < platform.first_evaluated:
+            context.log.info(f"{day}: nothing to do, the first model can score {platform.first_evaluated}")
             return
         try:
             record, model = waiting(

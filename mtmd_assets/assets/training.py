@@ -1,15 +1,14 @@
 """Training: one MTMD model a day, on the trailing window that ends on it."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from functools import partial
-from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from checks.dagster_results import TRAINING, training_result
+from checks.dagster_results import TRAINING, check_specs, training_result
 from checks.training import high_passes
 from mtmd_assets import model_store
 from mtmd_assets.assets.common import Result, asset_key, daily_partitions, printed_log, selected
@@ -19,9 +18,7 @@ from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.pictures import loss_curve
 from mtmd_assets.runs import sign
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+from mtmd_assets.windows import rankers_of, verify_window
 
 
 def training_assets(site: Site) -> dg.AssetsDefinition:
@@ -38,17 +35,11 @@ def training_assets(site: Site) -> dg.AssetsDefinition:
         group_name=platform.name,
         kinds={"pytorch"},
     )
-    loss_check = dg.AssetCheckSpec(
-        TRAINING,
-        asset=key,
-        description="The training loss does not jump from one pass to the next (within the first it would not show). "
-        "Where it does, lower training.learning_rate or training.gradient_clip, or lengthen training.warmup_share. Warns.",
-    )
 
     @dg.multi_asset(
         name=f"{platform.name}_train",
         specs=[spec],
-        check_specs=[loss_check],
+        check_specs=check_specs(key, TRAINING),
         # with this the check may stay away, as the model may (on days that end no whole window)
         can_subset=True,
         partitions_def=daily_partitions(platform),
@@ -134,36 +125,3 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
         },
     )
     return [published, training_result(high_passes(result.history), key)]
-
-
-def rankers_of(con: "DuckDBPyConnection", window: Sequence[date]) -> list[str]:
-    """The versions of the rankers that scored a window, sorted."""
-    query = "SELECT list(DISTINCT ranker_version ORDER BY ranker_version) FROM joined_examples WHERE ds BETWEEN ? AND ?"
-    [(rankers,)] = con.execute(query, [window[0], window[-1]]).fetchall()
-    return list(rankers)
-
-
-def verify_window(site: Site, window: Sequence[date]) -> None:
-    """Insist that every day of the window is published, with the columns of today's platform file.
-
-    A day is published only if it passed its checks, so a window without holes is one whose days all passed.
-
-    Raises:
-        Withheld: naming the days and what to run.
-    """
-    warehouse, name = site.warehouse, site.platform.name
-    holes = warehouse.missing("joined_examples", window[0], window[-1])
-    if holes:
-        raise Withheld(
-            f"joined_examples has no {', '.join(map(str, holes))}: run {name}_data for these days, or see why they were refused",
-            holes,
-            "joined_examples",
-        )
-    wanted = list(warehouse.tables["joined_examples"].items())
-    stale = [d for d in window if warehouse.columns("joined_examples", d) != wanted]
-    if stale:
-        raise Withheld(
-            f"joined_examples of {', '.join(map(str, stale))} was built under another platform file: run {name}_data for these days",
-            stale,
-            "joined_examples",
-        )

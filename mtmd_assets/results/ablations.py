@@ -8,7 +8,7 @@ from mtmd_assets.contenders import ABLATIONS
 from mtmd_assets.domain_shift import domain_shifts
 from mtmd_assets.home import Site
 from mtmd_assets.improvement import MIN_ROWS
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.results.result import CELLS, VERDICTS, cell_in_words, interval, rows_where, span_of, verdicts
 from mtmd_assets.results.setting import setting_section
 from mtmd_assets.results.trainings import jumped, manifest_of

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.calibration_table import calibration_table
 from mtmd_assets.contenders import CONTENDERS
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.results.result import rows_where, whole_seeds
 
 if TYPE_CHECKING:

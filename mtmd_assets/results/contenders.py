@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Site
 from mtmd_assets.improvement import MIN_ROWS
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.results.calibration import calibration_section
 from mtmd_assets.results.result import cell_in_words, headline_of, interval, rows_where, span_of, whole_seeds
 from mtmd_assets.results.routing import routing_section

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtmd_assets.home import Site
 from mtmd_assets.improvement import MIN_ROWS, verdict
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from checks.routing import signatures
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

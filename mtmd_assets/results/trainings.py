@@ -9,7 +9,7 @@ from checks.training import JUMP, high_passes
 from mtmd_assets import training_record
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS
 from mtmd_assets.home import Site
-from mtmd_assets.pictures import markdown_table
+from mtmd_assets.markdown import markdown_table
 from mtmd_assets.results.result import WHOLE
 
 if TYPE_CHECKING:

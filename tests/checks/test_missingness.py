@@ -5,9 +5,8 @@ from datetime import date, timedelta
 import polars as pl
 import pytest
 
-from checks.contract import ContractRule
 from checks.dagster_results import contract_result, drift_result
-from checks.missingness import Failure, MissingnessResult, check_contract, check_drift, markdown
+from checks.missingness import ContractRule, Failure, MissingnessResult, check_contract, check_drift, markdown
 from mtmd_assets.contract import contract_rules, measure_contract
 from mtmd_assets.platform import parse_platform
 from mtmd_assets.tables import settings, tables
@@ -257,9 +256,9 @@ def test_the_platform_file_decides_what_counts_as_drift(tmp_path):
 
 
 def test_the_contract_blocks_and_drift_warns(measure, warehouse):
-    from dagster import AssetCheckSeverity
+    from dagster import AssetCheckSeverity, AssetKey
 
-    refused = contract_result(check_contract(measure(examples(age=3))))
+    refused = contract_result(check_contract(measure(examples(age=3))), AssetKey("examples"))
     assert (refused.check_name, refused.passed, refused.severity) == (
         "feature_contract",
         False,
@@ -273,7 +272,7 @@ def test_the_contract_blocks_and_drift_warns(measure, warehouse):
         publish(warehouse, START + timedelta(k), 5 * k)
     with warehouse.connect() as con:
         drift = con.sql("SELECT * EXCLUDE (ds) FROM feature_drift WHERE ds = DATE '2026-01-02'").pl()
-    drifted = drift_result(check_drift(drift))
+    drifted = drift_result(check_drift(drift), AssetKey("examples"))
     assert (drifted.check_name, drifted.passed, drifted.severity) == ("feature_drift", False, AssetCheckSeverity.WARN)
     assert "| home × standard | age | drift | at most 10 % | 50 % | 10 |" in drifted.metadata["failures"].value
 
