@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mtmd_assets import scoreboard, shell, web
-from mtmd_assets.faults import BadFile, PlatformError, Withheld
+from mtmd_assets.faults import BadFile, PlatformError, UsageError, Withheld
 from mtmd_assets.home import ALWAYS, CHECKOUT, Home, Site
 from mtmd_assets.jobs import Run, RunFailed, jobs_in_process, step
 from mtmd_assets.platform import Platform
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "register":
             return register(home, options.file, options.data)
         return web.serve(home, options.port)
-    except (PlatformError, BadFile, Withheld, PermissionError) as e:
+    except (PlatformError, UsageError, BadFile, Withheld, PermissionError) as e:
         print(e, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -231,16 +231,16 @@ def backfill(home: Home, site: Site, job: str, first: date, last: date) -> int:
     """Run a job for the days first..last, as a backfill from the UI does; data in one run, models a run a day.
 
     Raises:
-        PlatformError: if the days are none of the platform's.
+        UsageError: if the days are none of the platform's.
     """
     from mtmd_assets.assets.common import daily_partitions
 
     if last < first:
-        raise PlatformError(f"the first day, {first}, is after the last, {last}")
+        raise UsageError(f"the first day, {first}, is after the last, {last}")
     keys = daily_partitions(site.platform).get_partition_keys()
     if not (keys and keys[0] <= str(first) <= str(last) <= keys[-1]):
         span = f"{keys[0]} to {keys[-1]}" if keys else "none yet"
-        raise PlatformError(f"{site.platform.name}: no days {first} to {last}; its days are {span}")
+        raise UsageError(f"{site.platform.name}: no days {first} to {last}; its days are {span}")
     title = f"{site.platform.name}_{job} of {first} to {last}"
     with jobs_in_process(home, site) as run:
         if job == "data":

@@ -11,6 +11,10 @@ class PlatformError(ValueError):
     """The platform file cannot be used. The message names the file, the key and the value received."""
 
 
+class UsageError(ValueError):
+    """What was asked for cannot be done. The message names what was given."""
+
+
 class BadFile(ValueError):
     """A log file of one day cannot be used; nothing of that day is published."""
 

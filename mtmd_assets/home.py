@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from mtmd_assets.faults import PlatformError
+from mtmd_assets.faults import PlatformError, UsageError
 from mtmd_assets.platform import SHIPPED, Platform, load_platform, parse_platform, parse_yaml, read_text
 from mtmd_assets.sources import Source, open_source
-from mtmd_assets.tables import settings, tables
+from mtmd_assets.tables import tables, views
 from mtmd_assets.warehouse import Warehouse
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ class Site:
     @cached_property
     def warehouse(self) -> Warehouse:
         """Its lake and views."""
-        return Warehouse(self.folder, tables(self.platform), settings(self.platform))
+        return Warehouse(self.folder, tables(self.platform), views(self.platform))
 
     @cached_property
     def source(self) -> Source:
@@ -85,12 +85,13 @@ class Home:
         """One platform of the home; adworld as shipped until it is registered with changes.
 
         Raises:
-            PlatformError: if it is not registered.
+            UsageError: if it is not registered.
+            PlatformError: if its file does not hold together.
         """
         file = self.root / name / "platform.yaml"
         if not file.is_file():
             if name != ALWAYS:
-                raise PlatformError(f"{self.root}: no platform {name!r} is registered (mtmd register)")
+                raise UsageError(f"{self.root}: no platform {name!r} is registered (mtmd register)")
             file = SHIPPED / f"{name}.yaml"
         return Site(load_platform(file), self.root / name)
 
@@ -102,7 +103,7 @@ class Home:
         """Copy a platform file (or a shipped platform, by name) into the home; arguments as of `read`.
 
         Raises:
-            PlatformError: if the file is refused; then nothing is registered.
+            UsageError, PlatformError: as `read`; then nothing is registered.
         """
         platform, text = self.read(file_or_name, data)
         folder = self.root / platform.name
@@ -126,6 +127,7 @@ class Home:
                 the file lies, if they are not absolute.
 
         Raises:
+            UsageError: if there is no such file or platform.
             PlatformError: if the file is refused.
         """
         places = [SHIPPED / f"{file_or_name}.yaml", Path(file_or_name)]
@@ -134,9 +136,7 @@ class Home:
         file = next((f for f in places if f.is_file()), None)
         if file is None:
             known = ", ".join(sorted({p.stem for p in SHIPPED.glob("*.yaml")} | self.names()))
-            raise PlatformError(
-                f"{file_or_name}: neither a file nor a platform that is shipped or registered ({known})"
-            )
+            raise UsageError(f"{file_or_name}: neither a file nor a platform that is shipped or registered ({known})")
         text = read_text(file)
         content = parse_yaml(text, str(file))
         source = content.get("source")

@@ -242,12 +242,11 @@ def _dates(platform: "Platform") -> None:
         if not platform.logs_scores and platform.ranker is not None:
             spent = f"ranker.train_days {platform.ranker.train_days} and {spent}"
         raise Fault("end", f"too early for a day to be evaluated: with {spent} it must be {first} or later", end)
+    earliest = platform.scored_from + timedelta(1)
     for n, day in enumerate(platform.experiments.tuning_days):
-        key, earliest = f"experiments.tuning_days.{n}", platform.scored_from + timedelta(1)
         if day < earliest:
-            raise Fault(key, f"the first day with a day before it to train on is {earliest}", day)
-        if end is not None and day > end:
-            raise Fault(key, f"after the end, {end}", day)
+            problem = f"the first day with a day before it to train on is {earliest}"
+            raise Fault(f"experiments.tuning_days.{n}", problem, day)
     if last_day is not None and last_day < first:
         raise Fault("experiments.last_day", f"the first day that a model can score is {first}", last_day)
     if last_day is not None and end is not None and last_day > end:

@@ -51,7 +51,13 @@ def _day(value: object) -> object:
 
 Integer = Annotated[int, Field(strict=True)]
 """Nothing is taken for a number but a number: neither a truth value nor text."""
+Count = Annotated[Integer, Field(gt=0)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Dropped = Annotated[Number, Field(ge=0, lt=1)]
+"""A share that leaves something."""
 Flag = Annotated[bool, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Days = Annotated[int, Field(strict=True, gt=0, le=400)]
@@ -79,9 +85,9 @@ class Task(Frozen):
     """Where it exists; all surfaces when left out."""
     products: tuple[str, ...] | None = None
     """For which products it exists; all when left out."""
-    weight: Number = Field(1.0, gt=0)
+    weight: Positive = 1.0
     """Weight of its loss in training."""
-    width: Integer = Field(32, gt=0)
+    width: Count = 32
     """Columns of its deep embedding at the `paper` preset."""
 
     _name = field_validator("name")(task_name)
@@ -98,7 +104,7 @@ class History(Frozen):
     days: Days
     per: str | None = None
     """Divide by this count: `impressions` or a task. Left out, the feature is the count itself."""
-    prior: Number = Field(20.0, gt=0)
+    prior: Positive = 20.0
     """A rate is (of + prior * mean) / (per + prior), `mean` the platform's own rate over the same days."""
 
     @model_validator(mode="after")
@@ -134,20 +140,20 @@ class Feature(Frozen):
     """Query features only: the surfaces that have it; all when left out."""
     products: tuple[str, ...] | None = None
     """Item features only: the products that have it; all when left out."""
-    max_missing: Number = Field(0.02, ge=0, le=1)
+    max_missing: Share = 0.02
     """Contract: the share of rows that may lack it where it should be present."""
     log1p: Flag = False
     """Dense only: sign(x) * log(1 + |x|), for counts and other heavy tails."""
     bins: Integer | None = Field(None, gt=1)
     """Dense only: read also as one of so many bins with equal shares of the training window's rows, each with a row of an
     embedding table: for numbers along which the scores jump, as those of trees do."""
-    width: Integer = Field(8, gt=0)
+    width: Count = 8
     """Categorical, or dense with `bins`: columns of its embedding table."""
     vocabulary: tuple[str, ...] | None = None
     """Categorical only: the values that get a row of their own. Exactly one of this, `buckets` and `min_count`."""
-    buckets: Integer | None = Field(None, gt=0)
+    buckets: Count | None = None
     """Categorical only: hash the value into this many rows."""
-    min_count: Integer | None = Field(None, gt=0)
+    min_count: Count | None = None
     """Categorical only: learn the vocabulary from the training window, values seen at least this often."""
     key: Flag = False
     """Categorical, or dense with `bins`: read by the shallow expert."""
@@ -203,9 +209,9 @@ class AdworldSource(Frozen):
 
     kind: Literal["adworld"]
     seed: Seed = 0
-    rows_per_day: Integer = Field(50_000, gt=0)
-    users: Integer = Field(20_000, gt=0)
-    ads: Integer = Field(4_000, gt=0)
+    rows_per_day: Count = 50_000
+    users: Count = 20_000
+    ads: Count = 4_000
 
 
 class KuairandSource(Frozen):
@@ -247,11 +253,11 @@ class Ranker(Frozen):
     """Pairs of columns whose joint counters of earlier days it reads besides every feature."""
     history_days: Days = 7
     """Its own counters (of every open-ended categorical feature and every pair in `cross`) look back this far."""
-    trees: Integer = Field(600, gt=0)
+    trees: Count = 600
     """At most this many a task; how many is decided on the training window's last day."""
-    learning_rate: Number = Field(0.03, gt=0)
+    learning_rate: Positive = 0.03
     leaves: Integer = Field(15, gt=1)
-    min_leaf: Integer = Field(50, gt=0)
+    min_leaf: Count = 50
     """Fewest training rows in a leaf."""
     seed: Seed = 0
 
@@ -263,14 +269,14 @@ class Join(Frozen):
     """A score counts if it was made at most this long after its impression."""
     sample_rate: Number = Field(1.0, ge=1e-6, le=1)
     """Keep this share of a day's impressions for training, weighted by its inverse. Evaluation is never sampled."""
-    max_rejected: Number = Field(0.05, ge=0, le=1)
+    max_rejected: Share = 0.05
     """Refuse the day if a larger share of its rows is faulty; rows out of scope or sampled out do not count."""
 
 
 class Contract(Frozen):
     """How strictly each slice is held to the features it should have."""
 
-    judged_from: Integer = Field(50, ge=1)
+    judged_from: Count = 50
     """A slice with fewer rows in a day is not judged by the missing rates of what it should have."""
     empty_slices: Literal["refuse", "allow"] = "refuse"
     """Whether a slice without a row breaks the contract."""
@@ -280,7 +286,7 @@ class Drift(Frozen):
     """When a missing rate counts as drifted from its trailing week. Drift warns and never gates."""
 
     days: Days = 7
-    tolerance: Number = Field(0.05, gt=0)
+    tolerance: Positive = 0.05
     """Absolute change of the missing rate."""
 
 
@@ -290,40 +296,40 @@ class Training(Frozen):
     window_days: Integer = Field(7, ge=2, le=400)
     """Days of a training window; the last one decides when to stop, the others are trained on."""
     preset: Preset = "small"
-    max_epochs: Integer = Field(12, gt=0)
-    patience: Integer = Field(3, gt=0)
-    batch_size: Integer = Field(4096, gt=0)
-    learning_rate: Number = Field(2e-3, gt=0)
-    warmup_share: Number = Field(0.05, ge=0, le=1)
+    max_epochs: Count = 12
+    patience: Count = 3
+    batch_size: Count = 4096
+    learning_rate: Positive = 2e-3
+    warmup_share: Share = 0.05
     """Share of all steps in which the learning rate rises from zero."""
-    gradient_clip: Number = Field(1.0, ge=0)
+    gradient_clip: NotNegative = 1.0
     """Largest norm of the gradient, 0 for none: a smaller one limits how far the loss can jump."""
-    embedding_rate: Number = Field(1.0, gt=0)
+    embedding_rate: Positive = 1.0
     """Learning rate of the embedding tables, as a multiple of the others': an id has few rows to learn from."""
-    weight_decay: Number = Field(0.01, ge=0)
-    dropout: Number = Field(0.0, ge=0, lt=1)
-    deviation: Number | None = Field(0.1, ge=0)
+    weight_decay: NotNegative = 0.01
+    dropout: Dropped = 0.0
+    deviation: NotNegative | None = 0.1
     """How fast a domain's expert leaves the one common to all, as a share of the learning rate; null: unrelated."""
-    slice_balance: Number = Field(0.0, ge=0, le=1)
+    slice_balance: Share = 0.0
     """How far small slices are weighed up in the loss: 0 not at all, 1 until all slices count alike."""
-    id_dropout: Number = Field(0.0, ge=0, lt=1)
+    id_dropout: Dropped = 0.0
     """How often training takes an id of an open-ended feature for an unknown one, against learning users and items by
     heart."""
-    averaged_passes: Number = Field(0.0, ge=0)
+    averaged_passes: NotNegative = 0.0
     """Memory, in passes, of averaged weights, which are validated and kept: for trainings whose validation loss goes up and
     down to the end. 0 keeps those of a pass's last step."""
-    main_effects: bool = False
+    main_effects: Flag = False
     """Vectors with a coordinate of their own for what a query or an item is worth by itself, and the others centred."""
-    calibrate: bool = True
+    calibrate: Flag = True
     """After training, add constants to the biases, by the sums of predictions and scores of the window's last day."""
     seed: Seed = 0
-    block_rows: Integer | None = Field(None, gt=0)
+    block_rows: Count | None = None
     """Rows held in memory at a time, twice, of a window that is too large for it; null holds them all."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    resident: bool = False
+    resident: Flag = False
     """Hold the window on the GPU."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    compile: bool = False
+    compile: Flag = False
     """Train with `torch.compile`."""
 
     @model_validator(mode="after")
@@ -339,18 +345,18 @@ class OwnSettings(Frozen):
     """What differs from `training` for a model in experiments."""
 
     preset: Preset | None = None
-    max_epochs: Integer | None = Field(None, gt=0)
-    batch_size: Integer | None = Field(None, gt=0)
-    learning_rate: Number | None = Field(None, gt=0)
-    warmup_share: Number | None = Field(None, ge=0, le=1)
-    gradient_clip: Number | None = Field(None, ge=0)
-    embedding_rate: Number | None = Field(None, gt=0)
-    weight_decay: Number | None = Field(None, ge=0)
-    dropout: Number | None = Field(None, ge=0, lt=1)
-    slice_balance: Number | None = Field(None, ge=0, le=1)
-    id_dropout: Number | None = Field(None, ge=0, lt=1)
-    averaged_passes: Number | None = Field(None, ge=0)
-    main_effects: bool | None = None
+    max_epochs: Count | None = None
+    batch_size: Count | None = None
+    learning_rate: Positive | None = None
+    warmup_share: Share | None = None
+    gradient_clip: NotNegative | None = None
+    embedding_rate: Positive | None = None
+    weight_decay: NotNegative | None = None
+    dropout: Dropped | None = None
+    slice_balance: Share | None = None
+    id_dropout: Dropped | None = None
+    averaged_passes: NotNegative | None = None
+    main_effects: Flag | None = None
 
     def given(self) -> dict[str, Any]:
         """What the file says, in its words: of what is null a deviation only, which means unrelated experts."""
@@ -360,13 +366,13 @@ class OwnSettings(Frozen):
 class PooledSettings(OwnSettings):
     """Those of a model whose domains or slices are partially pooled."""
 
-    deviation: Number | None = Field(None, ge=0)
+    deviation: NotNegative | None = None
 
 
 class MMOESettings(OwnSettings):
     """Those of MMOE-DCN."""
 
-    experts: Integer | None = Field(None, gt=0)
+    experts: Count | None = None
     """Of a tower."""
     low_rank_layers: Integer | None = Field(None, ge=0)
     """Low-rank cross layers of an expert."""
@@ -390,14 +396,14 @@ class Experiments(Frozen):
     """The last of them; if left out, the last of a log that has ended, else the first that leaves so many to score."""
     seeds: Integer = Field(3, ge=1, le=100)
     """Models of each kind and day, numbered from 0; no two windows' trainings start alike."""
-    max_epochs: Integer | None = Field(None, gt=0)
+    max_epochs: Count | None = None
     """Passes of every model here that names none itself, if not `training.max_epochs`: the daily model may be trained for
     a shorter time."""
     ablation_days: Integer | None = Field(None, ge=1, le=100)
     """Ablations are trained for the last so many evaluation days only, and compared on these; all if left out."""
     tuning_days: tuple[Day, ...] = ()
     """Days on which settings are judged, all before the evaluation days."""
-    tuned_epochs: tuple[Annotated[Integer, Field(gt=0)], ...] = ()
+    tuned_epochs: tuple[Count, ...] = ()
     """Passes that the search tries, beside those that a model has."""
     mtmd: PooledSettings = Field(default_factory=PooledSettings)
     """MTMD's own settings here, and its ablations': the daily model may be a smaller one."""

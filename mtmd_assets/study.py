@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, is_mtmd
-from mtmd_assets.faults import PlatformError
+from mtmd_assets.faults import PlatformError, UsageError
 from mtmd_assets.home import Site
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ def chosen(names: str) -> list[str]:
     """Models by name: a comma-separated list, in which `all`, `contenders` and `ablations` stand for many.
 
     Raises:
-        PlatformError: an unknown name.
+        UsageError: an unknown name.
     """
     groups = {"all": MODELS, "contenders": CONTENDERS, "ablations": tuple(ABLATIONS)}
     found = [m for name in names.split(",") for m in groups.get(name, (name,))]
     unknown = [m for m in found if m not in MODELS]
     if unknown:
-        raise PlatformError(f"--models: {unknown[0]!r} is none of {', '.join([*groups, *MODELS])}")
+        raise UsageError(f"--models: {unknown[0]!r} is none of {', '.join([*groups, *MODELS])}")
     return list(dict.fromkeys(found))
 
 
@@ -70,8 +70,9 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         seeds: how many of each model, at least; what the platform file says if None.
 
     Raises:
-        PlatformError: no model beside mtmd, fewer than one seed, a document that is not of results, an evaluation day that
-            has not ended, or as `evaluation_days`.
+        UsageError: no model beside mtmd, fewer than one seed, a document that is not of results, an evaluation day that
+            has not ended.
+        PlatformError: as `evaluation_days`.
     """
     from mtmd_assets.assets.experiments import op_name
     from mtmd_assets.assets.improvements import compared_days
@@ -82,14 +83,14 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     days = evaluation_days(site)
     others = [m for m in models if m != "mtmd"]
     if not others:
-        raise PlatformError("--models: mtmd is compared with others, name one")
+        raise UsageError("--models: mtmd is compared with others, name one")
     if seeds is None:
         seeds = site.platform.experiments.seeds
     if seeds < 1:
-        raise PlatformError(f"--seeds must be 1 or more, got {seeds}")
+        raise UsageError(f"--seeds must be 1 or more, got {seeds}")
     require_results(document)
     if days[-1] >= datetime.now(ZoneInfo(site.platform.time_zone)).date():
-        raise PlatformError(f"{site.platform.name}: the last evaluation day, {days[-1]}, has not ended yet")
+        raise UsageError(f"{site.platform.name}: the last evaluation day, {days[-1]}, has not ended yet")
     idle = [m for m in others if is_mtmd(site.platform, m)]
     if idle:
         print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
@@ -125,8 +126,9 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
         tries: if any, only these changes, beside what is there of other trials too (`tuning.given`).
 
     Raises:
-        PlatformError: a model that is not searched, a document that is not of results, a platform file without tuning days, or
+        UsageError: a model that is not searched, a document that is not of results, a platform file without tuning days, or
             as `tuning.given`.
+        PlatformError: as `evaluation_days`.
     """
     from mtmd_assets import tuning
     from mtmd_assets.results.document import require_results, write_sections
@@ -135,12 +137,12 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     searched = ("mtmd", *CONTENDERS)
     unknown = [m for m in models if m not in searched]
     if unknown:
-        raise PlatformError(f"--models: {unknown[0]!r} is not searched, only {', '.join(searched)}")
+        raise UsageError(f"--models: {unknown[0]!r} is not searched, only {', '.join(searched)}")
     require_results(document)
     evaluation_days(site)
     days = sorted(site.platform.experiments.tuning_days)
     if not days:
-        raise PlatformError(f"{site.platform.name}: the platform file names no experiments.tuning_days, to search on")
+        raise UsageError(f"{site.platform.name}: the platform file names no experiments.tuning_days, to search on")
     build_days(site, site.platform.window(days[0])[0], days[-1], run, step)
     with step(f"try {', '.join(models)}"):
         new = [m for m in models if m not in set(_published_trials(site)["model"])]

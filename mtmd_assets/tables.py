@@ -6,12 +6,16 @@ Hive key of the path.
 
 from typing import TYPE_CHECKING
 
+import sql
 from mtmd_assets.platform_parts import Feature
 
 if TYPE_CHECKING:
     from mtmd_assets.platform import Platform
 
 Columns = dict[str, str]
+
+VIEWS = ("feature_drift", "feature_missingness", "slice_metrics", "improvements")
+"""Views over the tables' own, `sql/<name>.sql`, in order."""
 
 _EXTRA = {"double": "DOUBLE", "integer": "BIGINT", "text": "VARCHAR"}
 
@@ -180,6 +184,9 @@ def tables(platform: "Platform") -> dict[str, Columns]:
     }
 
 
-def settings(platform: "Platform") -> dict[str, float]:
-    """The numbers that views read, each a macro without arguments."""
-    return {"drift_days": platform.drift.days, "drift_tolerance": platform.drift.tolerance}
+def views(platform: "Platform") -> str:
+    """Statements that define the macros and the views over the tables' own; numbers of the platform file that these read
+    are macros without arguments."""
+    numbers = {"drift_days": platform.drift.days, "drift_tolerance": platform.drift.tolerance}
+    macros = [f"CREATE OR REPLACE MACRO {name}() AS {value};" for name, value in numbers.items()]
+    return "\n".join([sql.text("macros"), *macros, *map(sql.text, VIEWS)])

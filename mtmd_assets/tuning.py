@@ -20,10 +20,11 @@ from pydantic import ValidationError
 
 from mtmd_assets import trial_record
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, own_settings
-from mtmd_assets.faults import PlatformError, Withheld
+from mtmd_assets.faults import UsageError, Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.markdown import markdown_table
 from mtmd_assets.platform import Platform
+from mtmd_assets.platform_checks import in_words
 from mtmd_assets.platform_parts import Preset
 from mtmd_assets.training_pool import TrainJob, data_hashes, is_current, train_all, training_jobs
 from mtmd_assets.windows import verify_window
@@ -92,24 +93,25 @@ def given(platform: Platform, model: str, tries: Sequence[str]) -> dict[str, Map
     them with spaces between.
 
     Raises:
-        PlatformError: what the platform file could not say of the model.
+        UsageError: what the platform file could not say of the model.
     """
     kind = type(own_settings(platform, model))
     changes: dict[str, Mapping[str, Any]] = {START: {}}
     for text in tries:
         pairs = [pair.partition("=") for pair in text.split()]
-        empty = [name for name, _, value in pairs if not value]
-        if empty or not pairs:
-            raise PlatformError(f"--try {text!r} of {model}: {''.join(empty[:1])}: a change is setting=value")
+        what = f"--try {text!r} of {model}"
+        if not pairs or not all(value for _, _, value in pairs):
+            raise UsageError(f"{what}: a change is setting=value")
         try:
             settings = kind.model_validate({name: yaml.safe_load(value) for name, _, value in pairs})
-        except (ValidationError, yaml.YAMLError) as e:
-            reason = e.errors()[0] if isinstance(e, ValidationError) else {"loc": (), "msg": str(e)}
-            where = ".".join(map(str, reason["loc"]))
-            raise PlatformError(f"--try {text!r} of {model}: {where}: {reason['msg']}") from None
+        except yaml.YAMLError as e:
+            raise UsageError(f"{what}: not YAML: {e}") from None
+        except ValidationError as e:
+            fault, [name, *_] = in_words(e.errors()[0]), e.errors()[0]["loc"]
+            raise UsageError(f"{what}: {name}: {fault} (received {fault.received!r})") from None
         changes[text] = settings.given()
         if len(changes[text]) < len(pairs):
-            raise PlatformError(f"--try {text!r} of {model}: what is null, or comes twice, changes nothing")
+            raise UsageError(f"{what}: what is null, or comes twice, changes nothing")
     return changes
 
 
@@ -174,7 +176,7 @@ def tune(
             one training says little; nothing is joined.
 
     Raises:
-        PlatformError: as `given`.
+        UsageError: as `given`.
         Withheld: a day of a window is not published (`verify_window`), or a tuning day has no cell that is large enough.
     """
     import polars as pl

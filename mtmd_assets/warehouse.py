@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 SCHEMA_DAY = date(1, 1, 1)
 """The day of the zero-row file that every table starts with, so that every view answers."""
 
-DERIVED_VIEWS = {
-    "feature_drift": "feature_contract",
-    "feature_missingness": "feature_contract",
-    "slice_metrics": "experiment_slice_metrics",
-    "improvements": "improvement_results",
-}
-"""Views over the tables' own views, `sql/<name>.sql`, in order, each with the table it needs."""
-
 _COPY = "(FORMAT parquet, COMPRESSION zstd)"
 _ROW_GROUP = 122_880
 """Rows of a row group, DuckDB's own number."""
@@ -50,15 +42,14 @@ class Warehouse:
     Args:
         folder: the platform's folder in the home, for example `.mtmd/adworld`.
         tables: table -> column -> DuckDB type.
-        settings: numbers of the platform file that views read, each a macro without arguments (`tables.settings`);
-            without them the views of `DERIVED_VIEWS` are left out.
+        views: statements that define macros, and views over the tables' own (`tables.views`).
 
     Raises:
         PermissionError: if the folder cannot be written, naming it and `MTMD_HOME`.
     """
 
-    def __init__(self, folder: Path, tables: dict[str, Columns], settings: dict[str, float] | None = None):
-        self.folder, self.tables, self.settings = folder.absolute(), tables, settings or {}
+    def __init__(self, folder: Path, tables: dict[str, Columns], views: str = ""):
+        self.folder, self.tables, self.views = folder.absolute(), tables, views
         self.lake = self.folder / "lake"
         self.staging = self.lake / ".staging"
         self.database = self.folder / "mtmd.duckdb"
@@ -153,11 +144,8 @@ class Warehouse:
                 mark.unlink(missing_ok=True)
 
     def _views(self) -> str:
-        """Statements that define a view a table, and the macros."""
-        statements = [self._view(table, columns) for table, columns in self.tables.items()]
-        settings = [f"CREATE OR REPLACE MACRO {name}() AS {value};" for name, value in self.settings.items()]
-        derived = [sql.text(view) for view, table in DERIVED_VIEWS.items() if table in self.tables and self.settings]
-        return "\n".join([*statements, sql.text("macros"), *settings, *derived])
+        """Statements that define a view a table, and those over them."""
+        return "\n".join([*(self._view(table, columns) for table, columns in self.tables.items()), self.views])
 
     def _view(self, table: str, columns: Columns) -> str:
         """The view of a table; in days built before a column was added it is null. That makes reading slower."""
@@ -220,7 +208,7 @@ class Stage(Warehouse):
     """
 
     def __init__(self, warehouse: Warehouse, draft: Path):
-        super().__init__(warehouse.folder, warehouse.tables, warehouse.settings)
+        super().__init__(warehouse.folder, warehouse.tables, warehouse.views)
         self.draft = draft
 
     def path(self, table: str, day: date) -> Path:

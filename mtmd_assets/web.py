@@ -4,7 +4,7 @@ import signal
 import socket
 import subprocess
 
-from mtmd_assets.faults import PlatformError
+from mtmd_assets.faults import UsageError
 from mtmd_assets.home import CHECKOUT, SCRIPTS, Home
 
 
@@ -12,7 +12,7 @@ def serve(home: Home, port: int) -> int:
     """Dagster's web server and daemon on this home, until interrupted.
 
     Raises:
-        PlatformError: if the port is not free.
+        UsageError: if the port is not free.
     """
     from mtmd_assets.runs import bury_dead, instance_of
 
@@ -51,4 +51,4 @@ def _require_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as e:
             another = "choose another with --port (make ui PORT=3001)"
-            raise PlatformError(f"port {port} cannot be had ({e}): {another}") from e
+            raise UsageError(f"port {port} cannot be had ({e}): {another}") from e

@@ -31,7 +31,7 @@ def cells(probability, score, surface="feed"):
     )
     with duckdb.connect() as con:
         con.register("scored", scored)
-        return con.execute(sql.text("cell_metrics"), {"floor": FLOOR}).pl()
+        return con.sql(sql.text("cell_metrics"), params={"floor": FLOOR}).pl()
 
 
 def test_every_metric_is_the_formulas_in_each_slice_and_bucket():

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mtmd_assets import cli, scoreboard, shell
-from mtmd_assets.faults import PlatformError
+from mtmd_assets.faults import UsageError
 from mtmd_assets.home import CHECKOUT, Home
 from mtmd_assets.jobs import RunFailed
 from mtmd_assets.platform import SHIPPED
@@ -121,7 +121,7 @@ def test_a_home_that_is_a_file_is_named(home, capsys):
 
 
 def test_an_unregistered_platform_is_named(tmp_path):
-    with pytest.raises(PlatformError, match="nowhere"):
+    with pytest.raises(UsageError, match="nowhere"):
         Home(tmp_path).site("nowhere")
 
 
@@ -208,9 +208,9 @@ def test_a_registered_platform_may_be_given_other_data(home, tmp_path):
     (tmp_path / "videos.yaml").write_text(text)
     home.register(str(tmp_path / "videos.yaml"), str(old))
     assert cli._site(home, "videos", str(new)).platform.source.data == str(new)
-    with pytest.raises(PlatformError, match=r"neither a file nor a platform that is shipped or registered.*videos"):
+    with pytest.raises(UsageError, match=r"neither a file nor a platform that is shipped or registered.*videos"):
         home.register("audios", str(new))
-    with pytest.raises(PlatformError, match="neither a file nor"):
+    with pytest.raises(UsageError, match="neither a file nor"):
         home.register(str(home.root / "videos"))
 
 

@@ -1,7 +1,6 @@
 """The experiments at a small size: contenders and ablations trained, scored, compared, written down."""
 
 import json
-import shutil
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -13,11 +12,11 @@ import pytest
 
 from mtmd_assets import cli, contenders, model_store, study
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
-from mtmd_assets.faults import PlatformError, Withheld
+from mtmd_assets.faults import PlatformError, UsageError, Withheld
 from mtmd_assets.join import create_evaluated
 from mtmd_assets.training_pool import TrainJob, train_all
 from tests.studied import DAYS, OF_DAY, TRAINED, quiet
-from tests.worlds import query
+from tests.worlds import copy_of, query
 
 
 def test_the_days_that_lack_are_built_then_the_evaluation_days_are_scored_in_one_run(studied):
@@ -31,9 +30,8 @@ def test_the_days_that_lack_are_built_then_the_evaluation_days_are_scored_in_one
 
 
 def test_the_command_writes_the_same_document_and_prints_the_headline(studied, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "home"
-    shutil.copytree(studied.site.folder.parent, folder)
-    monkeypatch.setenv("MTMD_HOME", str(folder))
+    copy_of(studied, tmp_path / "home")
+    monkeypatch.setenv("MTMD_HOME", str(tmp_path / "home"))
     document = tmp_path / "results.md"
     models = ["--models", ",".join(TRAINED[1:])]
     assert cli.main(["results", "--platform", "adworld", "--document", str(document), *models]) == 0
@@ -124,17 +122,16 @@ def test_improvements_equal_a_computation_by_hand(studied):
     assert {c for (c,) in query(studied, "SELECT DISTINCT contender FROM improvements")} == set(TRAINED) - {"mtmd"}
 
 
-def test_models_that_are_there_are_not_trained_again_and_others_stay(studied):
-    folders = sorted(studied.site.experiments.glob("*/"))
+def test_models_that_are_there_are_not_trained_again_and_others_stay(studied, tmp_path):
+    runner = copy_of(studied, tmp_path / "home")
+    folders = sorted(runner.site.experiments.glob("*/"))
     before = {f: (f / "model.safetensors").stat().st_mtime_ns for f in folders}
-    config = {"ops": {"adworld_train_and_score": {"config": {"models": ["no_cross"], "seeds": 1}}}}
-    studied.run_step("experiments", DAYS[1], config=config)
+    config = {"ops": {"adworld_train_and_score": {"config": {"models": ["no_cross"], "seeds": 1, "workers": 1}}}}
+    assert runner.run("experiments", DAYS[1], config=config).success
     assert {f: (f / "model.safetensors").stat().st_mtime_ns for f in before} == before
-    models = query(
-        studied, "SELECT DISTINCT model, seed FROM experiment_predictions WHERE ds = ? ORDER BY ALL", DAYS[1]
-    )
+    models = query(runner, "SELECT DISTINCT model, seed FROM experiment_predictions WHERE ds = ? ORDER BY ALL", DAYS[1])
     assert models == sorted([*((m, seed) for m in TRAINED for seed in (0, 1)), ("no_cross", 0)])
-    routed = query(studied, "SELECT DISTINCT seed FROM experiment_routing_metrics WHERE ds = ? ORDER BY ALL", DAYS[1])
+    routed = query(runner, "SELECT DISTINCT seed FROM experiment_routing_metrics WHERE ds = ? ORDER BY ALL", DAYS[1])
     assert routed == [(0,), (1,)]
 
 
@@ -193,7 +190,7 @@ def test_a_training_that_diverges_stops_no_other(studied, tmp_path):
     assert "not a finite number" in lost.diverged.read_text()
 
 
-def test_models_that_diverged_are_left_out_and_not_trained_again(studied, monkeypatch, tmp_path):
+def test_models_that_diverged_are_left_out_and_not_trained_again(studied, monkeypatch):
     from mtmd_assets.assets import experiments
 
     site, said, started = studied.site, [], []
@@ -262,30 +259,28 @@ def test_an_unknown_model_is_refused(studied):
     result = studied.run("experiments", DAYS[0], config=config)
     [failure] = [e.step_failure_data for e in result.all_events if e.is_step_failure]
     assert "transformer" in str(failure.user_failure_data or failure.error)
-    with pytest.raises(PlatformError, match="'transformer' is none of"):
+    with pytest.raises(UsageError, match="'transformer' is none of"):
         study.chosen("mtmd,transformer")
 
 
-def test_a_model_without_all_of_its_days_is_not_compared(studied):
+def test_a_model_without_all_of_its_days_is_not_compared(studied, tmp_path):
     from mtmd_assets.assets import improvements
     from mtmd_assets.results import comparison
 
-    site, said = studied.site, []
-    longer = site.platform.experiments.model_copy(update={"days": 3})
-    short = type(site)(site.platform.model_copy(update={"experiments": longer}), site.folder)
+    said: list[str] = []
+    longer = studied.site.platform.experiments.model_copy(update={"days": 3})
+    runner = copy_of(studied, tmp_path / "home", studied.site.platform.model_copy(update={"experiments": longer}))
+    short = runner.site
     days = improvements.compared_days(short.platform, "mmoe_dcn", DAYS[1])
     assert days == [date(2026, 1, 3), *DAYS]
     assert improvements.compared_days(short.platform, "no_cross", DAYS[1]) == [DAYS[1]]
-    try:
-        improvements.compare(short, DAYS[1], "short", said.append)
-        assert [line for line in said if line.startswith("mmoe_dcn is left out") and "2026-01-03, 2026-01-04" in line]
-        rows = query(studied, "SELECT DISTINCT contender, eval_start, eval_end FROM improvements ORDER BY ALL")
-        assert ("no_routing", DAYS[1], DAYS[1]) in rows
-        assert not {contender for contender, *_ in rows} & set(CONTENDERS)
-        assert "adworld" not in comparison(short, DAYS[1])
-        assert "## adworld: ablations" in comparison(short, DAYS[1])["adworld ablations"]
-    finally:
-        improvements.compare(site, DAYS[1], "again", said.append)
+    improvements.compare(short, DAYS[1], "short", said.append)
+    assert [line for line in said if line.startswith("mmoe_dcn is left out") and "2026-01-03, 2026-01-04" in line]
+    rows = query(runner, "SELECT DISTINCT contender, eval_start, eval_end FROM improvements ORDER BY ALL")
+    assert ("no_routing", DAYS[1], DAYS[1]) in rows
+    assert not {contender for contender, *_ in rows} & set(CONTENDERS)
+    assert "adworld" not in comparison(short, DAYS[1])
+    assert "## adworld: ablations" in comparison(short, DAYS[1])["adworld ablations"]
     with pytest.raises(Withheld, match=r"no model has experiments of 2026-01-18 to 2026-01-20"):
         improvements.compare(short, date(2026, 1, 20), "none", said.append)
 
@@ -326,9 +321,7 @@ def test_models_that_today_would_be_trained_otherwise_are_not_compared(studied):
 def test_models_that_were_scored_on_other_rows_are_not_compared(studied, tmp_path):
     from mtmd_assets.assets import improvements
 
-    folder = tmp_path / "home"
-    shutil.copytree(studied.site.folder.parent, folder)
-    site = type(studied.site)(studied.site.platform, folder / "adworld")
+    site = copy_of(studied, tmp_path / "home").site
     found, before = improvements._scored(site, DAYS[0])
     assert {(t.model, t.seed) for t in found} == {(m, seed) for m in OF_DAY[DAYS[0]] for seed in (0, 1)}
     file = site.warehouse.path("joined_examples", DAYS[0])
@@ -346,9 +339,7 @@ def test_models_that_were_scored_on_other_rows_are_not_compared(studied, tmp_pat
 def test_a_seed_that_a_model_lacks_on_one_day_does_not_enter(studied, tmp_path):
     from mtmd_assets.assets import improvements
 
-    folder = tmp_path / "home"
-    shutil.copytree(studied.site.folder.parent, folder)
-    site = type(studied.site)(studied.site.platform, folder / "adworld")
+    site = copy_of(studied, tmp_path / "home").site
     file = site.warehouse.path("experiment_models", DAYS[0])
     rows = pl.read_parquet(file)
     rows.filter((pl.col("model") != "mmoe_dcn") | (pl.col("seed") == 0)).write_parquet(file)
@@ -367,7 +358,7 @@ def test_a_seed_that_a_model_lacks_on_one_day_does_not_enter(studied, tmp_path):
 
 
 def test_mtmd_alone_has_nothing_to_be_compared_with(studied):
-    with pytest.raises(PlatformError, match="name one"):
+    with pytest.raises(UsageError, match="name one"):
         study.results(studied.site, ["mtmd"], studied.document, studied.run_step, quiet)
 
 
@@ -376,7 +367,7 @@ def test_days_that_have_not_ended_are_refused_to_results_and_not_to_the_search(s
     site = type(studied.site)(
         studied.site.platform.model_copy(update={"experiments": experiments}), studied.site.folder
     )
-    with pytest.raises(PlatformError, match="2190-01-01, has not ended yet"):
+    with pytest.raises(UsageError, match="2190-01-01, has not ended yet"):
         study.results(site, ["no_routing"], studied.document, studied.run_step, quiet)
     assert study.evaluation_days(site)[-1] == date(2190, 1, 1)
 
@@ -408,7 +399,7 @@ def test_as_many_seeds_as_are_asked_for_are_trained(studied, tmp_path):
     results(None)
     results(1)
     assert asked == [2, 1]
-    with pytest.raises(PlatformError, match="--seeds must be 1 or more, got 0"):
+    with pytest.raises(UsageError, match="--seeds must be 1 or more, got 0"):
         results(0)
 
 

@@ -11,7 +11,7 @@ from mtmd_assets.faults import BadFile
 from mtmd_assets.intake import take_in, write_intake
 from mtmd_assets.platform import parse_platform
 from mtmd_assets.sources import LogDay
-from mtmd_assets.tables import settings, tables
+from mtmd_assets.tables import tables, views
 from mtmd_assets.warehouse import Warehouse
 
 DAY = date(2026, 1, 2)
@@ -308,7 +308,7 @@ def test_invalid_scores_are_stored_as_received(tmp_path):
     day = log(surface="attic")
     odd = [float("nan"), float("inf"), 0.0, 1.0, None] + [0.5] * (ROWS - 5)
     day = LogDay(day.impressions, day.scores.with_columns(score_ctr=pl.Series(odd)), "i", "s")
-    warehouse = Warehouse(tmp_path / "toy", tables(TOY), settings(TOY))
+    warehouse = Warehouse(tmp_path / "toy", tables(TOY), views(TOY))
     with warehouse.connect() as con, warehouse.stage() as stage:
         take_in(TOY, day, DAY, con)
         write_intake(con, stage, DAY)

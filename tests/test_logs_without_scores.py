@@ -1,8 +1,7 @@
 """Logs without heavyweight scores, from the folder to the evaluated model: real ones, and a few made up."""
 
 import random
-from datetime import date, datetime, timedelta
-from pathlib import Path
+from datetime import date, datetime
 
 import yaml
 
@@ -31,7 +30,7 @@ def test_kuairand_end_to_end(tmp_path):
     evaluated = runner.run(
         "models",
         date(2022, 4, 30),
-        only=("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings"),
+        only=SCORED,
     )
     assert evaluated.success, show_failure(evaluated)
     [(cells, slices)] = query(
@@ -43,8 +42,6 @@ def test_kuairand_end_to_end(tmp_path):
     scores = runner.instance.fetch_materializations(runner.key("heavyweight_scores"), limit=5).records
     assert {r.partition_key for r in scores} == {f"2022-04-{d}" for d in (28, 29, 30)}
     assert all(0.6 < r.asset_materialization.metadata["AUC click"].value < 0.9 for r in scores)
-    assert Path(runner.site.folder) == tmp_path / "home" / "kuairand"
-    assert (date(2022, 4, 30) - start) == timedelta(5)
 
 
 def made_up_kuairand(folder):

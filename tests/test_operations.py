@@ -102,7 +102,7 @@ def test_nobody_waits_for_a_model_that_is_queued_behind(pipeline, tmp_path, monk
     assert str(day) in show_failure(result)
 
 
-def test_a_window_with_a_hole_is_not_trained_on(pipeline, tmp_path):
+def test_a_window_with_a_hole_is_not_trained_on(tmp_path):
     runner = Runner(Home(tmp_path / "home").register(str(small_adworld(tmp_path))))
     assert runner.run("data", DAY[1]).success
     assert runner.run("data", DAY[3]).success

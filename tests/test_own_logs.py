@@ -15,10 +15,9 @@ import yaml
 from mtmd_assets.home import Home
 from mtmd_assets.platform import parse_platform
 from mtmd_assets.sources.adworld import Adworld
-from tests.worlds import Runner, show_failure, small_adworld
+from tests.worlds import SCORED, Runner, show_failure, small_adworld
 
 FIRST = date(2026, 1, 1)
-EVALUATED = ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings")
 DAYS = [FIRST + timedelta(n) for n in range(4)]
 
 
@@ -65,7 +64,7 @@ def test_own_logs_through_every_stage(tmp_path, scores):
     assert runner.site.warehouse.days("joined_examples") == [d for d in DAYS if d >= scored_from]
     trained = runner.run("models", DAYS[2], only=("models",))
     assert trained.success, show_failure(trained)
-    evaluated = runner.run("models", DAYS[3], only=EVALUATED)
+    evaluated = runner.run("models", DAYS[3], only=SCORED)
     assert evaluated.success, show_failure(evaluated)
     with duckdb.connect(str(runner.site.warehouse.database), read_only=True) as con:
         [(cells, rows)] = con.execute(
@@ -104,7 +103,7 @@ def test_down_sampling_weighs_training_and_spares_evaluation(tmp_path):
     runner = Runner(Home(tmp_path / "home").register(str(file)))
     assert runner.run("data", DAYS[0], DAYS[2]).success
     assert runner.run("models", DAYS[1], only=("models",)).success
-    evaluated = runner.run("models", DAYS[2], only=EVALUATED)
+    evaluated = runner.run("models", DAYS[2], only=SCORED)
     assert evaluated.success, show_failure(evaluated)
     with duckdb.connect(str(runner.site.warehouse.database), read_only=True) as con:
         [(kept, weights)] = con.execute(

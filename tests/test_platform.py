@@ -205,14 +205,16 @@ MISTAKES = [
     ({"experiments": {"tuning_days": ["2026-01-03", "2026-01-03"]}}, "experiments.tuning_days.1", "2026-01-03"),
     ({"experiments": {"tuning_days": ["2026-01-01"]}}, "experiments.tuning_days.0", "2026-01-01"),
     ({**parquet(), "experiments": {"tuning_days": ["2026-01-04"]}}, "experiments.tuning_days.0", "2026-01-04"),
-    ({"end": "2026-02-01", "experiments": {"tuning_days": ["2026-02-02"]}}, "experiments.tuning_days.0", "2026-02-02"),
     ({"experiments": {"last_day": "2026-01-07"}}, "experiments.last_day", "2026-01-07"),
     ({"end": "2026-02-01", "experiments": {"last_day": "2026-02-02"}}, "experiments.last_day", "2026-02-02"),
     ({"experiments": {"days": 2, "ablation_days": 3}}, "experiments.ablation_days", "3"),
     ({"experiments": {"contenders": {"pooled_towers": {"experts": 4}}}}, "experiments.contenders", "4"),
     ({"experiments": {"contenders": {"slice_towers": {"deviation": 0.1}}}}, "experiments.contenders", "0.1"),
     ({"experiments": {"contenders": {"lists": {}}}}, "experiments.contenders.lists", "{}"),
-    # numbers
+    # switches and numbers
+    ({"training": {"main_effects": "off"}}, "training.main_effects", "off"),
+    ({"experiments": {"mtmd": {"main_effects": 1}}}, "experiments.mtmd.main_effects", "1"),
+    ({"experiments": {"mtmd": {"dropout": 1}}}, "experiments.mtmd.dropout", "1"),
     ({"join": {"sample_rate": 1.5}}, "join.sample_rate", "1.5"),
     ({"join": {"lateness_hours": INF}}, "join.lateness_hours", "inf"),
     ({"join": {"lateness_hours": 9000}}, "join.lateness_hours", "9000"),

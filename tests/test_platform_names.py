@@ -15,7 +15,7 @@ from mtmd_assets.join import build_examples
 from mtmd_assets.platform import parse_platform
 from mtmd_assets.platform_names import RESERVED, column_name
 from mtmd_assets.sources import LogDay
-from mtmd_assets.tables import settings, tables
+from mtmd_assets.tables import tables, views
 from mtmd_assets.warehouse import Warehouse
 
 
@@ -83,7 +83,7 @@ def test_every_name_that_is_accepted_goes_through_the_sql(tmp_path):
             "score_ctr": [0.5] * rows,
         }
     )
-    warehouse = Warehouse(tmp_path, tables(platform), settings(platform))
+    warehouse = Warehouse(tmp_path, tables(platform), views(platform))
     with warehouse.connect() as con, warehouse.stage() as stage:
         take_in(platform, LogDay(impressions, scores, "here", "there"), day, con)
         [(rejected,)] = con.execute("SELECT row FROM log_rejected").fetchall()

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from datetime import timedelta
 from statistics import median
 
@@ -14,14 +13,13 @@ import pytest
 from checks import routing
 from mtmd_assets import model_store
 from mtmd_assets.contenders import CONTENDERS
-from mtmd_assets.faults import PlatformError
-from mtmd_assets.home import Home
+from mtmd_assets.faults import UsageError
 from mtmd_assets.results import ablations, calibration, comparison, contenders, trainings
 from mtmd_assets.results import routing as routing_results
 from mtmd_assets.results.document import HEAD, require_results, write_sections
 from mtmd_assets.results.result import cell_in_words, headline, headline_of, result_of, verdicts
 from tests.studied import DAYS
-from tests.worlds import Runner, query, show_failure
+from tests.worlds import copy_of, query, show_failure
 
 
 def test_the_document_says_what_the_tables_say(studied):
@@ -93,9 +91,7 @@ def test_each_cell_has_its_constants_and_the_share_that_the_floor_touched(studie
 
 
 def test_a_seed_that_not_all_days_have_is_left_out(studied, tmp_path):
-    folder = tmp_path / "home"
-    shutil.copytree(studied.site.folder.parent, folder)
-    runner = Runner(Home(folder).site("adworld"))
+    runner = copy_of(studied, tmp_path / "home")
     before = comparison(runner.site, DAYS[1])["adworld"]
     config = {"ops": {"adworld_train_and_score": {"config": {"models": ["mtmd"], "seeds": 3, "workers": 1}}}}
     result = runner.run("experiments", DAYS[1], config=config)
@@ -107,11 +103,9 @@ def test_a_seed_that_not_all_days_have_is_left_out(studied, tmp_path):
 
 
 def test_earlier_days_have_a_result_of_their_own(studied, tmp_path):
-    folder = tmp_path / "home"
-    shutil.copytree(studied.site.folder.parent, folder)
     experiments = studied.site.platform.experiments.model_copy(update={"days": 1})
     platform = studied.site.platform.model_copy(update={"experiments": experiments})
-    runner = Runner(type(studied.site)(platform, folder / "adworld"))
+    runner = copy_of(studied, tmp_path / "home", platform)
     assert runner.run("improvements", DAYS[0]).success
     one = "SELECT mtmd FROM improvement_results WHERE ds = ? AND contender = 'mmoe_dcn' AND task IS NULL AND bucket IS NULL"
     ((earlier,),), ((later,),) = query(runner, one, DAYS[0]), query(runner, one, DAYS[1])
@@ -351,7 +345,7 @@ def test_results_are_not_written_over_something_else(tmp_path, content):
     document = tmp_path / "document.md"
     document.write_bytes(content)
     for path in (document, tmp_path):
-        with pytest.raises(PlatformError, match="something else is there"):
+        with pytest.raises(UsageError, match="something else is there"):
             require_results(path)
 
 

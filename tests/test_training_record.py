@@ -17,13 +17,12 @@ from mtmd_assets.faults import Withheld
 from mtmd_assets.home import CHECKOUT, Site
 from mtmd_model import checkpoint
 from tests.studied import DAYS, OF_DAY, TRAINED, quiet
-from tests.worlds import Runner, query, show_failure
+from tests.worlds import Runner, copy_of, query, show_failure
 
 
 def copied(studied: Any, folder: Path) -> Site:
     """A home of its own with what the study has built, its trainings' folders gone."""
-    shutil.copytree(studied.site.folder.parent, folder / "home")
-    site = Site(studied.site.platform, folder / "home" / "adworld")
+    site = copy_of(studied, folder / "home").site
     for weights in site.experiments.glob("*/"):
         shutil.rmtree(weights)
     return site
@@ -123,9 +122,7 @@ def test_what_records_lack_is_trained(studied, tmp_path, monkeypatch):
 
 
 def test_a_record_of_other_rows_is_made_again(studied, tmp_path):
-    folder = tmp_path / "home"
-    shutil.copytree(studied.site.folder.parent, folder)
-    site = Site(studied.site.platform, folder / "adworld")
+    site = copy_of(studied, tmp_path / "home").site
     with site.warehouse.connect() as con:
         [(version,)] = con.execute(
             "SELECT model_version FROM experiment_models WHERE (ds, model, seed) = (?, 'mtmd', 0)", [DAYS[0]]

@@ -11,7 +11,7 @@ import pytest
 
 from mtmd_assets import model_store, study, tuning
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
-from mtmd_assets.faults import PlatformError, Withheld
+from mtmd_assets.faults import PlatformError, UsageError, Withheld
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.training_pool import train_all
 from tests.studied import DAYS, quiet, small_study
@@ -242,17 +242,18 @@ def test_a_trial_that_diverges_comes_last(searched):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("weight_decy=1", "weight_decy: Extra inputs"),
-        ("dropout=2", "dropout: Input should be less than 1"),
-        ("dropout", "dropout: "),
-        ("experts=3", "experts: Extra inputs"),
-        ("preset=[", "--try"),
+        ("weight_decy=1", "weight_decy: no such key \\(received 1\\)"),
+        ("dropout=2", "dropout: expected less than 1"),
+        ("dropout", "a change is setting=value"),
+        ("", "a change is setting=value"),
+        ("experts=3", "experts: no such key"),
+        ("preset=[", "not YAML"),
         ("dropout=null", "changes nothing"),
         ("dropout=0.1 dropout=0.2", "changes nothing"),
     ],
 )
 def test_a_change_that_the_platform_file_could_not_have_is_refused(text, words):
-    with pytest.raises(PlatformError, match=words) as error:
+    with pytest.raises(UsageError, match=words) as error:
         tuning.given(shipped_platform("adworld"), "mtmd", [text])
     assert repr(text) in str(error.value)
     assert tuning.given(shipped_platform("adworld"), "mmoe_dcn", ["experts=3"]) == {
@@ -272,7 +273,7 @@ def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):
         study.evaluation_days(site)
     none = platform.experiments.model_copy(update={"tuning_days": ()})
     site = type(searched.site)(platform.model_copy(update={"experiments": none}), searched.site.folder)
-    with pytest.raises(PlatformError, match=r"names no experiments\.tuning_days"):
+    with pytest.raises(UsageError, match=r"names no experiments\.tuning_days"):
         study.tune(site, ["mtmd"], searched.document, searched.run_step, quiet)
 
 
@@ -297,7 +298,7 @@ def test_a_setting_of_another_model_is_refused():
         ("slice_towers", "deviation=0.3"),
         ("mmoe_dcn", "deviation=0.3"),
     ):
-        with pytest.raises(PlatformError, match=f"{text.split('=')[0]}: Extra inputs"):
+        with pytest.raises(UsageError, match=f"{text.split('=')[0]}: no such key"):
             tuning.given(shipped_platform("adworld"), model, [text])
     assert tuning.given(shipped_platform("adworld"), "soft_slice_towers", ["deviation=0.3"])["deviation=0.3"] == {
         "deviation": 0.3
@@ -305,5 +306,5 @@ def test_a_setting_of_another_model_is_refused():
 
 
 def test_a_model_that_is_not_searched_is_refused(searched):
-    with pytest.raises(PlatformError, match="'no_cross' is not searched, only mtmd, slice_towers"):
+    with pytest.raises(UsageError, match="'no_cross' is not searched, only mtmd, slice_towers"):
         study.tune(searched.site, ["mtmd", "no_cross"], searched.document, searched.run_step, quiet)

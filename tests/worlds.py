@@ -13,8 +13,8 @@ import dagster as dg
 import duckdb
 import yaml
 
-from mtmd_assets.home import Home, Site
-from mtmd_assets.platform import SHIPPED
+from mtmd_assets.home import Site
+from mtmd_assets.platform import SHIPPED, Platform
 
 SCORED = ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings")
 """Tables of an evaluated day."""
@@ -97,10 +97,12 @@ def query(runner: Runner, sql: str, *parameters: object) -> list[tuple[Any, ...]
         return con.execute(sql, parameters).fetchall()
 
 
-def copy_of(runner: Runner, folder: Path) -> Runner:
-    """A home like a runner's, to do with as one likes."""
-    shutil.copytree(runner.site.folder, folder / "adworld")
-    return Runner(Home(folder).site("adworld"))
+def copy_of(runner: Runner, home: Path, platform: Platform | None = None) -> Runner:
+    """A home like a runner's, to do with as one likes; of another platform if one is given."""
+    site = Site(platform or runner.site.platform, home / "adworld")
+    shutil.copytree(runner.site.folder, site.folder)
+    site.warehouse.create()
+    return Runner(site)
 
 
 def run_cli(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtmd_assets.faults import PlatformError
+from mtmd_assets.faults import UsageError
 
 TITLE = "# Results"
 HEAD = f"""{TITLE}
@@ -19,7 +19,7 @@ def require_results(path: Path) -> None:
     """Refuse to write results where something else is.
 
     Raises:
-        PlatformError: the document is a folder, or holds what `write_sections` has not written.
+        UsageError: the document is a folder, or holds what `write_sections` has not written.
     """
     if not path.exists():
         return
@@ -28,7 +28,7 @@ def require_results(path: Path) -> None:
     except UnicodeDecodeError:
         first, rest = "no text", []
     if first and (first != TITLE or (rest and not _sections("\n".join(rest)))):
-        raise PlatformError(f"--document {path}: something else is there, which would be lost: {first[:60]!r}")
+        raise UsageError(f"--document {path}: something else is there, which would be lost: {first[:60]!r}")
 
 
 def write_sections(path: Path, found: Mapping[str, str]) -> None:

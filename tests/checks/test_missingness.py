@@ -9,7 +9,7 @@ from checks.dagster_results import contract_result, drift_result
 from checks.missingness import ContractRule, Failure, MissingnessResult, check_contract, check_drift, markdown
 from mtmd_assets.contract import contract_rules, measure_contract
 from mtmd_assets.platform import parse_platform
-from mtmd_assets.tables import settings, tables
+from mtmd_assets.tables import tables, views
 from mtmd_assets.warehouse import Warehouse
 
 START = date(2026, 1, 1)
@@ -63,7 +63,7 @@ def examples(slices=TOY.slices, rows=10, **missing):
 @pytest.fixture
 def measure(tmp_path):
     """Measure a frame of examples as a day's file."""
-    warehouse = Warehouse(tmp_path / "toy", {"feature_contract": tables(TOY)["feature_contract"]}, settings(TOY))
+    warehouse = Warehouse(tmp_path / "toy", tables(TOY), views(TOY))
 
     def of(frame, day=START + timedelta(5), **contract):
         path = tmp_path / "examples.parquet"
@@ -196,7 +196,7 @@ def missingness(warehouse):
 
 @pytest.fixture
 def warehouse(tmp_path):
-    return Warehouse(tmp_path / "lake", {"feature_contract": tables(TOY)["feature_contract"]}, settings(TOY))
+    return Warehouse(tmp_path / "lake", tables(TOY), views(TOY))
 
 
 def test_drift_is_against_the_mean_of_the_trailing_days(warehouse):
@@ -223,7 +223,7 @@ def test_drift_does_not_depend_on_the_order_of_a_backfill(tmp_path):
     seen = []
     for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
         folder = tmp_path / "".join(map(str, order))
-        lake = Warehouse(folder, {"feature_contract": tables(TOY)["feature_contract"]}, settings(TOY))
+        lake = Warehouse(folder, tables(TOY), views(TOY))
         for k in order:
             publish(lake, START + timedelta(k), k)
         seen.append(missingness(lake))
@@ -244,9 +244,8 @@ def test_another_program_sees_contract_and_drift(warehouse):
 
 
 def test_the_platform_file_decides_what_counts_as_drift(tmp_path):
-    tolerant = Warehouse(
-        tmp_path, {"feature_contract": tables(TOY)["feature_contract"]}, {"drift_days": 1, "drift_tolerance": 0.5}
-    )
+    platform = TOY.model_copy(update={"drift": TOY.drift.model_copy(update={"days": 1, "tolerance": 0.5})})
+    tolerant = Warehouse(tmp_path, tables(platform), views(platform))
     for k, missing in enumerate((0, 0, 5)):
         publish(tolerant, START + timedelta(k), missing)
     assert missingness(tolerant)[-1] == (START + timedelta(2), 0.5, -0.5, 0.5, True)

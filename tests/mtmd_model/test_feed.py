@@ -261,7 +261,7 @@ def test_a_sample_takes_its_share_of_every_row_group(files: list[Path], encoder:
     assert sorted(flat(rows(StreamFeed(window, 30, 10, 1)))) == got
 
 
-def test_a_row_group_that_lost_rows_is_refused(encoder: Encoder, files: list[Path], tmp_path: Path):
+def test_a_row_group_that_lost_rows_is_refused(encoder: Encoder, tmp_path: Path):
     path = tmp_path / "data.parquet"
     pq.write_table(examples(20), path)
     feed = StreamFeed(FileWindow(encoder, [path]), 10, 5)
