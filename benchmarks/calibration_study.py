@@ -142,7 +142,7 @@ def summary(left: Mapping[int, pl.DataFrame]) -> str:
 def study(folder: Path, count: int, base: Path = SHIPPED / "adworld.yaml", least_rows: int = 1_000) -> str:
     """The whole study, its table as text; arguments as of `worlds` and `judge`."""
     made = worlds(folder, count, base)
-    missing = [job for _, job in made if not (job.folder / "manifest.json").is_file()]
+    missing = [job for _, job in made if not job.trained]
     train_all(missing, 0, lambda line: print(f"    {line}", flush=True))
     left = {}
     for n, (site, job) in enumerate(made, 1):

@@ -115,8 +115,17 @@ def row_of(
 
 def version_name(last_day: date, ingredients: dict[str, Any]) -> str:
     """`<last day>-<hash of everything that went in, and of the weights>`."""
-    text = json.dumps(ingredients, sort_keys=True, default=str)
-    return f"{last_day}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    return f"{last_day}-{digest(ingredients)}"
+
+
+def digest(ingredients: object) -> str:
+    """A short hash of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def data_hashes(site: Site, window: Sequence[date]) -> dict[str, str]:
+    """Day -> hash of its examples' file."""
+    return {str(d): file_hash(site.warehouse.path("joined_examples", d)) for d in window}
 
 
 @cache

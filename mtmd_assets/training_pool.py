@@ -4,8 +4,6 @@ A model of this size spends its time between small matrix products: two of them 
 after the other on two threads, and one thread gives the same numbers on any number of cores.
 """
 
-import hashlib
-import json
 import multiprocessing
 import os
 import threading
@@ -63,7 +61,7 @@ def training_jobs(
             settings: a folder that is there was trained by the same.
     """
     platform = site.platform
-    data = data_hashes(site, window)
+    data = model_store.data_hashes(site, window)
     manifest = {"platform": platform.name, "window": [str(d) for d in window], "data": data}
     *fitted, stopped_on = (site.warehouse.path("joined_examples", d) for d in window)
     jobs = {}
@@ -76,20 +74,15 @@ def training_jobs(
 
 
 def is_current(name: str, data: Mapping[str, str], schema: "Schema", config: Mapping[str, Any]) -> bool:
-    """Whether a job of this name would have it today too: by the same code, on these data (`data_hashes`)."""
+    """Whether a job of this name would have it today too: by the same code, on these data (`model_store.data_hashes`)."""
     return name.endswith(_digest(data, schema, config))
-
-
-def data_hashes(site: Site, window: Sequence[date]) -> dict[str, str]:
-    """Day -> hash of its examples."""
-    return {str(d): model_store.file_hash(site.warehouse.path("joined_examples", d)) for d in window}
 
 
 def _digest(data: Mapping[str, str], schema: "Schema", config: Mapping[str, Any]) -> str:
     """A hash of all that decides a training."""
     code = model_store.code_version(config["architecture"])
     ingredients = {"data": data, "schema": schema.to_dict(), "code": code, "config": config}
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:10]
+    return model_store.digest(ingredients)
 
 
 def train_all(jobs: Sequence[TrainJob], workers: int, log: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from mtmd_assets import trial_record
+from mtmd_assets import model_store, trial_record
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, own_settings
 from mtmd_assets.faults import UsageError, Withheld
 from mtmd_assets.home import Site
@@ -26,7 +26,7 @@ from mtmd_assets.markdown import markdown_table
 from mtmd_assets.platform import Platform
 from mtmd_assets.platform_checks import in_words
 from mtmd_assets.platform_parts import Preset
-from mtmd_assets.training_pool import TrainJob, data_hashes, is_current, train_all, training_jobs
+from mtmd_assets.training_pool import TrainJob, is_current, train_all, training_jobs
 from mtmd_assets.windows import verify_window
 
 if TYPE_CHECKING:
@@ -306,7 +306,9 @@ def current(site: Site, trials: "pl.DataFrame") -> "pl.DataFrame":
     """Rows of `trials` that would be trained alike today: others are of older code, or of other data."""
     import polars as pl
 
-    data = {day: data_hashes(site, trial_window(site.platform, day)) for day in trials["window_end"].unique()}
+    data = {
+        day: model_store.data_hashes(site, trial_window(site.platform, day)) for day in trials["window_end"].unique()
+    }
     alike = [
         is_current(r["training"], data[r["window_end"]], site.platform.model_schema, json.loads(r["config"]))
         for r in trials.iter_rows(named=True)

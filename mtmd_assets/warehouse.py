@@ -213,8 +213,15 @@ class Stage(Warehouse):
 
     def path(self, table: str, day: date) -> Path:
         """The staged file of a table and day, or else the published one."""
-        staged = self._staged(table, day)
-        return staged if staged.exists() else super().path(table, day)
+        return self._staged(table, day) if self.holds(table, day) else super().path(table, day)
+
+    def holds(self, table: str, day: date) -> bool:
+        """Whether the day of a table is staged here."""
+        return self._staged(table, day).exists()
+
+    def table_of(self, file: Path) -> str | None:
+        """The table that a file staged here is of; None if it is not."""
+        return _table_and_day(file.name)[0] if file.parent == self.draft and "@" in file.name else None
 
     def connect(self) -> "DuckDBPyConnection":
         """As of a warehouse; staged days show in the views."""
@@ -275,6 +282,10 @@ class Stage(Warehouse):
         staged = self.draft / _BESIDE / target.relative_to(self.folder)
         staged.parent.mkdir(parents=True, exist_ok=True)
         os.replace(source, staged)
+
+    def drop(self, table: str, day: date) -> None:
+        """Drop a staged day; connections made before still look for it."""
+        self._staged(table, day).unlink()
 
     def keep_only(self, table: str) -> None:
         """Drop what else is staged: the files of every other table, and those of none."""

@@ -3,13 +3,13 @@
 -- Reads `scored` (model, model_version, seed, impression_id, surface, product, task, score, probability).
 -- LogMAE is mean |ln p - ln t|. It, KL and BCE floor both at $floor (and 1 - p at 1e-12); `floored` is the share of rows
 -- where either was below.
--- bucket 0 is the tenth of the slice with the highest score; null is the whole slice.
+-- bucket: `tenth` (macros.sql); null is the whole slice.
 WITH ranked AS (
     SELECT
         *,
         greatest(probability, $floor) AS p,
         greatest(score, $floor) AS t,
-        ntile(10) OVER (PARTITION BY model, model_version, seed, surface, product, task ORDER BY score DESC, impression_id) - 1 AS bucket
+        tenth((model, model_version, seed, surface, product, task), score, impression_id) AS bucket
     FROM scored
 ),
 

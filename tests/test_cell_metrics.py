@@ -30,6 +30,7 @@ def cells(probability, score, surface="feed"):
         }
     )
     with duckdb.connect() as con:
+        con.execute(sql.text("macros"))
         con.register("scored", scored)
         return con.sql(sql.text("cell_metrics"), params={"floor": FLOOR}).pl()
 

@@ -286,7 +286,7 @@ def test_a_model_without_all_of_its_days_is_not_compared(studied, tmp_path):
 
 
 def test_seeds_that_lack_a_day_are_not_compared():
-    from mtmd_assets.assets.improvements import Trained, _common_seeds
+    from mtmd_assets.assets.improvements import Trained, _seeds_on_all
 
     def day(mtmd: str, pooled: str) -> list[Trained]:
         return [
@@ -296,9 +296,9 @@ def test_seeds_that_lack_a_day_are_not_compared():
         ]
 
     first, second = day("012", "02"), day("01", "012")
-    assert _common_seeds([first, second], "pooled_towers") == [0]
-    assert _common_seeds([second], "pooled_towers") == [0, 1]
-    assert _common_seeds([first, second], "mmoe_dcn") == []
+    assert _seeds_on_all([first, second], "pooled_towers") == [0]
+    assert _seeds_on_all([second], "pooled_towers") == [0, 1]
+    assert _seeds_on_all([first, second], "mmoe_dcn") == []
 
 
 def of_other_settings(site: Any) -> Any:

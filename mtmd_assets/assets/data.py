@@ -116,8 +116,8 @@ def _make(
 
 def _as_received(e: BadFile, stage: Stage, done: list[Done]) -> BadFile:
     """The fault with the file that the log came in, where it names the staged copy, which nobody will find."""
-    table, staged, _ = Path(e.file).name.partition("@")
-    if Path(e.file).parent != stage.draft or not staged:
+    table = stage.table_of(Path(e.file))
+    if table is None:
         return e
     files = {name: metadata["file"] for d in done for name, metadata in d.metadata.items() if "file" in metadata}
     return BadFile(e.problem, file=files.get(table, table), day=e.day, column=e.column, received=e.received)

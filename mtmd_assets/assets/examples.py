@@ -52,12 +52,8 @@ def build(site: Site, day: date, stage: Stage) -> Done:
 
 def stands_alone(site: Site, day: date, stage: Stage) -> bool:
     """Whether the staged log may be published without examples: nothing later would be left from an earlier build."""
-    later = [t for t in ("heavyweight_scores", "joined_examples") if not _staged(stage, t, day)]
-    return _staged(stage, "impressions", day) and not any(site.warehouse.published(t, day) for t in later)
-
-
-def _staged(stage: Stage, table: str, day: date) -> bool:
-    return stage.path(table, day).parent == stage.draft
+    later = [t for t in ("heavyweight_scores", "joined_examples") if not stage.holds(t, day)]
+    return stage.holds("impressions", day) and not any(site.warehouse.published(t, day) for t in later)
 
 
 def build_log(site: Site, day: date, stage: Stage) -> Done:
@@ -72,14 +68,14 @@ def build_log(site: Site, day: date, stage: Stage) -> Done:
     platform = site.platform
     with stage.connect() as con:
         counts: tuple[RowCount, ...] = ()
-        if _staged(stage, "heavyweight_scores", day):
+        if stage.holds("heavyweight_scores", day):
             counts = build_examples(con, platform, stage, day, with_history=False).counts
         rows = "joined_examples" if counts else "impressions"
         _, audit = _check(con, site, stage, day, rows, counts, with_history=False)
         count = account_log(con, stage, day)
         shown = {"feature_missingness": audit, **_of_the_log(con, count, day)}
     if counts:
-        stage.path("joined_examples", day).unlink()
+        stage.drop("joined_examples", day)
     return Done(shown)
 
 
@@ -113,7 +109,7 @@ def _check(
     if contract.passed:
         return checks, audit
     shown = {}
-    earlier = ("impressions", "joined_examples") if _staged(stage, "impressions", day) else ("joined_examples",)
+    earlier = ("impressions", "joined_examples") if stage.holds("impressions", day) else ("joined_examples",)
     if not any(site.warehouse.published(t, day) for t in earlier):
         stage.keep_only("feature_contract")
         stage.publish()

@@ -69,35 +69,17 @@ def score_day(
         create_scored(con, window[0], window[-1], "of_models")
         kept = _kept(con, site, day, scored, trained, log)
         others = f"ds = '{day}' AND list_contains([{', '.join(map(sql.quoted, kept))}]::VARCHAR[], model_version)"
-        stage.write(
-            con,
-            "experiment_predictions",
-            day,
-            f"FROM of_models UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_predictions WHERE {others}",
-        )
-        metrics = f"({sql.text('cell_metrics').rstrip().rstrip(';')})"
-        stage.write(
-            con,
-            "experiment_slice_metrics",
-            day,
-            f"FROM {metrics} UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_slice_metrics WHERE {others}",
-            {"floor": FLOOR},
-        )
-        rankers = rankers_of(con, window)
-        con.register("trained", _model_rows(trained, manifests, window, rankers, scored))
-        stage.write(
-            con,
-            "experiment_models",
-            day,
-            f"FROM trained UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_models WHERE {others}",
-        )
+
+        def write(table: str, rows: str, parameters: object = None) -> None:
+            published = f"SELECT * EXCLUDE ds FROM {table} WHERE {others}"
+            stage.write(con, table, day, f"FROM ({rows}) UNION ALL BY NAME {published}", parameters)
+
+        con.register("trained", _model_rows(trained, manifests, window, rankers_of(con, window), scored))
         con.register("routed", pa.Table.from_pylist(routing))
-        stage.write(
-            con,
-            "experiment_routing_metrics",
-            day,
-            f"FROM routed UNION ALL BY NAME SELECT * EXCLUDE ds FROM experiment_routing_metrics WHERE {others}",
-        )
+        write("experiment_models", "FROM trained")
+        write("experiment_predictions", "FROM of_models")
+        write("experiment_slice_metrics", sql.text("cell_metrics"), {"floor": FLOOR})
+        write("experiment_routing_metrics", "FROM routed")
         metadata: dict[str, Metadata] = {
             table: {"preview": preview(con, f"SELECT * FROM {table} WHERE ds = '{day}'")} for table in TABLES
         }

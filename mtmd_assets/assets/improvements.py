@@ -1,13 +1,13 @@
 """By how much MTMD is better than every other model of its experiments, over the pooled rows of the last evaluation days."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+import sql
+from mtmd_assets import model_store
 from mtmd_assets.assets.common import asset_key, daily_partitions, preview, printed_log
 from mtmd_assets.assets.experiment_scoring import Trained, current_models, scored_data_of
 from mtmd_assets.contenders import ABLATIONS, MODELS
@@ -75,7 +75,7 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
         tables, versions = [], {}
         for model in (m for m in MODELS if m in seen):
             days = compared_days(platform, model, last)
-            seeds = _common_seeds([current[day] for day in days], model)
+            seeds = _seeds_on_all([current[day] for day in days], model)
             if not seeds:
                 log(
                     f"{model} is left out: it and mtmd have no seed by today's code, settings and data on all of "
@@ -98,7 +98,7 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
                 f"no model has experiments of {widest[0]} to {last} by today's code, settings and data: "
                 f"run {platform.name}_experiments"
             )
-        result_id = f"{last}-{hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:10]}"
+        result_id = f"{last}-{model_store.digest(versions)}"
         con.register("compared", pl.concat(tables))
         stage.write(
             con,
@@ -121,7 +121,7 @@ def _scored(site: Site, day: date) -> tuple[list[Trained], str]:
         return current_models(con, site, day, scored), scored
 
 
-def _common_seeds(days: Sequence[Sequence[Trained]], model: str) -> list[int]:
+def _seeds_on_all(days: Sequence[Sequence[Trained]], model: str) -> list[int]:
     """The seeds that a model and mtmd have on every day."""
     return sorted(
         set.intersection(*({t.seed for t in of_day if t.model == name} for of_day in days for name in (model, "mtmd")))
@@ -150,11 +150,6 @@ def _by_rows(ours: "pl.DataFrame", theirs: "pl.DataFrame") -> "pl.DataFrame":
 def _predictions_of(
     con: "DuckDBPyConnection", days: Sequence[date], model: str, seeds: Sequence[int]
 ) -> "pl.DataFrame":
-    """A model's predictions on consecutive days, with the bucket of each row among its day's slice x task."""
-    return con.sql(
-        """SELECT seed, ds AS day, impression_id, user_id, surface, product, task, score, probability,
-            (ntile(10) OVER (PARTITION BY ds, seed, surface, product, task ORDER BY score DESC, impression_id) - 1)::INT AS bucket
-        FROM experiment_predictions
-        WHERE ds BETWEEN $first AND $last AND model = $model AND list_contains($seeds, seed)""",
-        params={"model": model, "first": days[0], "last": days[-1], "seeds": list(seeds)},
-    ).pl()
+    """A model's predictions on consecutive days, each with its bucket."""
+    params = {"model": model, "first": days[0], "last": days[-1], "seeds": list(seeds)}
+    return con.sql(sql.text("compared_predictions"), params=params).pl()

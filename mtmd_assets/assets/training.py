@@ -69,20 +69,19 @@ def train_window(site: Site, day: date, run_id: str, log: Callable[[str], None])
 
     platform, warehouse = site.platform, site.warehouse
     window = platform.window(day)
-    files = {d: warehouse.path("joined_examples", d) for d in window}
     config = replace(train_config(platform), progress_bar=sys.stderr.isatty())
-    hashes = {str(d): model_store.file_hash(f) for d, f in files.items()}
+    hashes = model_store.data_hashes(site, window)
     code = model_store.code_version()
-    *fitted, stopped_on = window
+    *fitted, stopped_on = (warehouse.path("joined_examples", d) for d in window)
     with warehouse.stage(run_id) as stage:
         result = train(
             platform.model_schema,
-            [files[d] for d in fitted],
-            [files[stopped_on]],
+            fitted,
+            [stopped_on],
             config,
             stage.draft / "model",
             on_epoch=lambda e: log(
-                f"epoch {e['epoch']}: loss {e['train_loss']:.5f}, on {stopped_on} {e['validation_loss']:.5f}, LogMAE {e['validation_logmae']:.4f}"
+                f"epoch {e['epoch']}: loss {e['train_loss']:.5f}, on {day} {e['validation_loss']:.5f}, LogMAE {e['validation_logmae']:.4f}"
             ),
             manifest={
                 "platform": platform.name,
