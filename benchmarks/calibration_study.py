@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.worlds import options, world
-from mtmd_assets.cli import backfill
 from mtmd_assets.contenders import change_of
 from mtmd_assets.home import Home, Site
+from mtmd_assets.in_process import jobs_in_process, step
 from mtmd_assets.platform import SHIPPED
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
 from mtmd_model import checkpoint
@@ -59,7 +59,8 @@ def worlds(folder: Path, count: int, base: Path) -> list[tuple[Site, TrainJob]]:
         site = world(home, seed, base, lambda content: content["training"].update(calibrate=False))
         days = [site.platform.start + timedelta(n) for n in range(DAYS)]
         if site.warehouse.missing("joined_examples", days[0], days[-1]):
-            backfill(home, site, "data", days[0], days[-1])
+            with jobs_in_process(home, site) as run, step(f"build {len(days)} days of world {seed}"):
+                run("data", days[0], days[-1])
         training = change_of(site.platform, "mtmd"), site.platform.training.seed
         found.append((site, training_jobs(site, days[:STOP], {"calibration": training})["calibration"]))
     return found

@@ -16,12 +16,13 @@ import polars as pl
 from scipy.stats import ttest_1samp
 
 from benchmarks.worlds import options, world
-from mtmd_assets.cli import results
 from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Home, Site
 from mtmd_assets.improvement import MIN_ROWS
+from mtmd_assets.in_process import jobs_in_process, step
 from mtmd_assets.markdown import markdown_table
 from mtmd_assets.platform import SHIPPED
+from mtmd_assets.study import results
 
 FIRST_SEED = 101
 """Settings were chosen in adworld's own world and looked into in those of seeds 1 to 10."""
@@ -39,7 +40,8 @@ def study(folder: Path, count: int, base: Path = SHIPPED / "adworld.yaml") -> st
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         site = world(home, seed, base, _one_day)
-        results(home, site.platform.name, "contenders", folder / f"world{seed}.md", seeds=1)
+        with jobs_in_process(home, site) as run:
+            results(site, CONTENDERS, folder / f"world{seed}.md", run, step, seeds=1)
         found.append(_cells(site).with_columns(pl.lit(seed).alias("world")))
     return summary(pl.concat(found))
 

@@ -10,7 +10,7 @@ Experiments          contenders: who is compared, and how trained; training_pool
                      improvement, intervals, calibration_table, domain_shift: compared; tuning, trial_record: the search;
                      results: written down; study: all of it, from logs to document
 Dagster              assets, automation, definitions; runs, processes: those that died; pictures, markdown: plots and tables
-The command `mtmd`   cli, jobs, scoreboard, shell, web
+The command `mtmd`   cli, in_process, scoreboard, shell, web
 """
 
 import os

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 MODEL_TABLES = ("models", *evaluation.TABLES, *embeddings.TABLES)
 
 
-def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
-    """`<platform>_data`, `<platform>_models` and `<platform>_daily`, which is both; `<platform>_experiments` and
+def jobs(site: Site) -> "dict[str, UnresolvedAssetJobDefinition]":
+    """By what they do: `<platform>_data`, `<platform>_models` and `<platform>_daily`, which is both; `<platform>_experiments` and
     `<platform>_improvements`.
 
     One process a run: the steps are few, and each process would pay for torch and Lightning again.
@@ -35,19 +35,22 @@ def jobs(site: Site) -> "list[UnresolvedAssetJobDefinition]":
             models,
             "Train on the window that ends on the day; evaluate and embed the day by the model of the day before.",
         ),
-        "daily": (everything, "Yesterday, from its logs to its embeddings."),
+        "daily": (everything, "The day, from its logs to its embeddings."),
         "experiments": (tried, "Train mtmd, its contenders and its ablations through the day before; score the day."),
-        "improvements": (compared, "By how much mtmd beats each of them, over the evaluation days up to the day."),
+        "improvements": (
+            compared,
+            "The improvement of mtmd over each contender and ablation, on the evaluation days up to the day.",
+        ),
     }
-    return [
-        dg.define_asset_job(
+    return {
+        name: dg.define_asset_job(
             f"{platform.name}_{name}",
             selection=selection,
             description=description,
             executor_def=dg.in_process_executor,
         )
         for name, (selection, description) in described.items()
-    ]
+    }
 
 
 def schedule(

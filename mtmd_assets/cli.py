@@ -15,15 +15,15 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 from typing import NoReturn
 
 from mtmd_assets import scoreboard, shell, web
 from mtmd_assets.faults import BadFile, PlatformError, UsageError, Withheld
-from mtmd_assets.home import ALWAYS, CHECKOUT, Home, Site
-from mtmd_assets.jobs import Run, RunFailed, jobs_in_process, step
+from mtmd_assets.home import ALWAYS, CHECKOUT, Home, Site, differs_from_shipped
+from mtmd_assets.in_process import Run, RunFailed, jobs_in_process, step
 from mtmd_assets.platform import Platform
 from mtmd_assets.sources import open_source
 
@@ -35,33 +35,61 @@ UNREAD = 141
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    home = Home()
+    os.environ["MTMD_HOME"] = str(home.root)
+    try:
+        status: int = options.run(home, options)
+        return status
+    except (PlatformError, UsageError, BadFile, Withheld, PermissionError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The commands with their options; each has its function of a home and the options as `run`."""
     parser = argparse.ArgumentParser(
         prog="mtmd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("demo", "backfill", "results", "tune", "scoreboard", "sql"):
-        commands.add_parser(name).add_argument(
-            "--platform", default=ALWAYS, help="a registered platform; %(default)s unless given"
-        )
-    for name in ("demo", "results", "tune"):
-        commands.choices[name].add_argument("--data", help="the folder of the platform's logs, where it needs one")
-    for name, models in (("results", "all"), ("tune", "mtmd,contenders")):
-        commands.choices[name].add_argument(
+
+    def command(name: str, run: Callable[[Home, argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name)
+        added.set_defaults(run=run)
+        return added
+
+    demo_ = command("demo", demo)
+    backfill_ = command("backfill", backfill)
+    results_ = command("results", results)
+    tune_ = command("tune", tune)
+    scoreboard_ = command("scoreboard", lambda home, o: scoreboard.show(home.site(o.platform)))
+    sql_ = command("sql", lambda home, o: shell.prompt(home.site(o.platform), o.query))
+    register_ = command("register", register)
+    ui_ = command("ui", lambda home, o: web.serve(home, o.port))
+
+    for of in (demo_, backfill_, results_, tune_, scoreboard_, sql_):
+        of.add_argument("--platform", default=ALWAYS, help="a registered platform; %(default)s unless given")
+    for of in (demo_, results_, tune_, register_):
+        of.add_argument("--data", help="the folder of the platform's logs, where it needs one")
+    for of, models in ((results_, "all"), (tune_, "mtmd,contenders")):
+        of.add_argument(
             "--models",
             default=models,
             help='comma-separated, as in "slice_towers,no_cross"; contenders stands for many, as ablations and all do of '
             "results; %(default)s unless given",
         )
-        commands.choices[name].add_argument(
+        of.add_argument(
             "--document",
             type=Path,
             default=CHECKOUT / "docs" / "results.md",
             help="where the platform's sections are written; %(default)s unless given",
         )
-    commands.choices["results"].add_argument(
+    results_.add_argument(
         "--seeds", type=int, help="how many of each model, at least; what the platform file says unless given"
     )
-    commands.choices["tune"].add_argument(
+    tune_.add_argument(
         "--try",
         dest="tries",
         action="append",
@@ -71,42 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "may be given several times",
     )
     for bound in ("first", "last"):
-        commands.choices["backfill"].add_argument(bound, type=_day, help="a day, YYYY-MM-DD")
-    commands.choices["backfill"].add_argument(
+        backfill_.add_argument(bound, type=_day, help="a day, YYYY-MM-DD")
+    backfill_.add_argument(
         "--job",
         choices=("data", "models", "daily"),
         default="data",
         help="data (the default): logs, scores, joined examples; models: train, evaluate, embed; daily: both",
     )
-    commands.choices["sql"].add_argument("query", nargs="?")
-    commands.add_parser("register").add_argument("file", help="a platform file, or the name of a shipped one")
-    commands.choices["register"].add_argument("--data", help="the folder of the platform's logs, where it needs one")
-    commands.add_parser("ui").add_argument("--port", type=int, default=3000, help="3000 unless given")
-    options = parser.parse_args(arguments)
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-    home = Home()
-    os.environ["MTMD_HOME"] = str(home.root)
-    try:
-        if options.command == "demo":
-            return demo(home, options.platform, options.data)
-        if options.command == "results":
-            return results(home, options.platform, options.models, options.document, options.data, options.seeds)
-        if options.command == "tune":
-            return tune(home, options.platform, options.models, options.document, options.data, options.tries)
-        if options.command == "backfill":
-            return backfill(home, home.site(options.platform), options.job, options.first, options.last)
-        if options.command == "scoreboard":
-            return scoreboard.show(home.site(options.platform))
-        if options.command == "sql":
-            return shell.prompt(home.site(options.platform), options.query)
-        if options.command == "register":
-            return register(home, options.file, options.data)
-        return web.serve(home, options.port)
-    except (PlatformError, UsageError, BadFile, Withheld, PermissionError) as e:
-        print(e, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    sql_.add_argument("query", nargs="?")
+    register_.add_argument("file", help="a platform file, or the name of a shipped one")
+    ui_.add_argument("--port", type=int, default=3000, help="3000 unless given")
+    return parser
 
 
 def run() -> NoReturn:
@@ -128,10 +131,10 @@ def _day(text: str) -> date:
         raise argparse.ArgumentTypeError(f"expected a day as YYYY-MM-DD (received {text!r})") from None
 
 
-def register(home: Home, file: str, data: str | None) -> int:
+def register(home: Home, options: argparse.Namespace) -> int:
     """Add a platform to the home, or replace it."""
     before = home.names()
-    site = home.register(file, data)
+    site = home.register(options.file, options.data)
     site.warehouse.create()
     name = site.platform.name
     what = "replaced" if name in before else "registered"
@@ -142,14 +145,14 @@ def register(home: Home, file: str, data: str | None) -> int:
 # -- running -----------------------------------------------------------------------------------------------------
 
 
-def demo(home: Home, name: str, data: str | None) -> int:
+def demo(home: Home, options: argparse.Namespace) -> int:
     """Build the days of one training window and the next day, train, evaluate, embed, and print the scoreboard.
 
     A log that goes on is shown from its first day, a log that has ended up to its last one.
     """
     from mtmd_assets.automation import MODEL_TABLES
 
-    site = _site(home, name, data)
+    site = _site(home, options.platform, options.data)
     platform = site.platform
     evaluated = platform.end or platform.first_evaluated
     trained = evaluated - timedelta(1)
@@ -173,16 +176,15 @@ def _site(home: Home, name: str, data: str | None) -> Site:
         PlatformError: if it cannot be registered, or its log is nowhere given.
         BadFile: if the given folder has no log: said once, before anything is registered, not by each day of a run.
     """
-    if data is None and (home.registered(name) or name == ALWAYS):
+    if data is None and (name in home.names() or name == ALWAYS):
         site = home.site(name)
         _require_folder(site.platform)
-        if home.differs_from_shipped(site.platform):
-            file = home.root / name / "platform.yaml"
-            print(f"{name} as registered, {file}, which is not the shipped one (mtmd register)", flush=True)
+        if differs_from_shipped(site.platform):
+            print(f"{name} as registered, {home.file(name)}, which is not the shipped one (mtmd register)", flush=True)
         return site
     platform, _ = home.read(name, data)
     _require_folder(platform)
-    if home.registered(name) and _says_something_else(home, name):
+    if name in home.names() and _says_something_else(home, name):
         print(
             f"{name}: the shipped platform file takes the place of the registered one, which says something else",
             flush=True,
@@ -193,7 +195,7 @@ def _site(home: Home, name: str, data: str | None) -> Site:
 def _says_something_else(home: Home, name: str) -> bool:
     """Whether a registered file is not the shipped one, its source apart, or is refused today."""
     try:
-        return home.differs_from_shipped(home.site(name).platform)
+        return differs_from_shipped(home.site(name).platform)
     except PlatformError:
         return True
 
@@ -203,31 +205,27 @@ def _require_folder(platform: Platform) -> None:
         open_source(platform).read(platform.start)
 
 
-def results(
-    home: Home, platform: str, models: str, document: Path, data: str | None = None, seeds: int | None = None
-) -> int:
+def results(home: Home, options: argparse.Namespace) -> int:
     """Compare models of a platform, which is registered first if its data is given; see `study.results`."""
     from mtmd_assets import study
 
-    chosen = study.chosen(models)
-    site = _site(home, platform, data)
+    chosen = study.chosen(options.models)
+    site = _site(home, options.platform, options.data)
     with jobs_in_process(home, site) as run:
-        return study.results(site, chosen, document, run, step, seeds)
+        return study.results(site, chosen, options.document, run, step, options.seeds)
 
 
-def tune(
-    home: Home, platform: str, models: str, document: Path, data: str | None = None, tries: Sequence[str] = ()
-) -> int:
+def tune(home: Home, options: argparse.Namespace) -> int:
     """Search the settings of models of a platform, which is registered first if its data is given; see `study.tune`."""
     from mtmd_assets import study
 
-    chosen = study.chosen(models)
-    site = _site(home, platform, data)
+    chosen = study.chosen(options.models)
+    site = _site(home, options.platform, options.data)
     with jobs_in_process(home, site) as run:
-        return study.tune(site, chosen, document, run, step, tries)
+        return study.tune(site, chosen, options.document, run, step, options.tries)
 
 
-def backfill(home: Home, site: Site, job: str, first: date, last: date) -> int:
+def backfill(home: Home, options: argparse.Namespace) -> int:
     """Run a job for the days first..last, as a backfill from the UI does; data in one run, models a run a day.
 
     Raises:
@@ -235,6 +233,7 @@ def backfill(home: Home, site: Site, job: str, first: date, last: date) -> int:
     """
     from mtmd_assets.assets.common import daily_partitions
 
+    site, job, first, last = home.site(options.platform), options.job, options.first, options.last
     if last < first:
         raise UsageError(f"the first day, {first}, is after the last, {last}")
     keys = daily_partitions(site.platform).get_partition_keys()

@@ -39,7 +39,7 @@ class Change:
     """Whether numbers that have bins (`mtmd_model.bins`) are read in them too."""
 
     def on(self, settings: Mapping[str, Any]) -> "Change":
-        """The same change of something that has these settings, in the platform file's words, already."""
+        """This change on top of `settings`, which are in the platform file's words; the change wins."""
         of_model = {k: v for k, v in settings.items() if k in OF_MODEL}
         others = {k: v for k, v in settings.items() if k not in OF_MODEL}
         return replace(self, model={**of_model, **self.model}, training={**others, **self.training})
@@ -111,7 +111,7 @@ NOTHING_TAKEN: Mapping[str, Callable[[Platform], bool]] = {
 """Ablations of what some platforms do not have: there `unconstrained` changes widths at most, which `width_*` do."""
 
 
-def is_mtmd(platform: Platform, model: str) -> bool:
+def takes_nothing(platform: Platform, model: str) -> bool:
     """Whether an ablation takes nothing away: the platform, or its training, has not what it is without."""
     if model in NOTHING_TAKEN and NOTHING_TAKEN[model](platform):
         return True

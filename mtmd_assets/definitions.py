@@ -29,7 +29,7 @@ def platform_definitions(site: Site) -> dg.Definitions:
 
 
 def _platform_definitions(site: Site) -> dg.Definitions:
-    data, models, daily, tried, compared = jobs(site)
+    of_site = jobs(site)
     return dg.Definitions(
         assets=[
             data_assets(site),
@@ -39,8 +39,8 @@ def _platform_definitions(site: Site) -> dg.Definitions:
             experiment_assets(site),
             improvement_asset(site),
         ],
-        jobs=[data, models, daily, tried, compared],
-        schedules=[schedule(site, daily)],
+        jobs=list(of_site.values()),
+        schedules=[schedule(site, of_site["daily"])],
     )
 
 

@@ -5,6 +5,7 @@ A `BadFile` refuses a day; a bad row never raises: it is counted and kept (see `
 
 from collections.abc import Sequence
 from datetime import date
+from pathlib import Path
 
 
 class PlatformError(ValueError):
@@ -32,3 +33,8 @@ class Withheld(RuntimeError):
         """`days`: the days of `table` that must be built first, where it is a matter of days."""
         super().__init__(message)
         self.days, self.table = tuple(days), table
+
+
+def not_writable(folder: Path, error: OSError) -> PermissionError:
+    """The error to raise where a folder of the home cannot be written."""
+    return PermissionError(f"{folder} cannot be written ({error.strerror}): set MTMD_HOME to a folder that can")

@@ -15,8 +15,17 @@ from typing import Any
 
 import yaml
 
-from mtmd_assets.faults import PlatformError, UsageError
-from mtmd_assets.platform import SHIPPED, Platform, load_platform, parse_platform, parse_yaml, read_text
+from mtmd_assets.faults import PlatformError, UsageError, not_writable
+from mtmd_assets.platform import (
+    SHIPPED,
+    Platform,
+    load_platform,
+    parse_platform,
+    parse_yaml,
+    read_text,
+    shipped_file,
+    shipped_platform,
+)
 from mtmd_assets.sources import Source, open_source
 from mtmd_assets.tables import tables, views
 from mtmd_assets.warehouse import Warehouse
@@ -81,6 +90,10 @@ class Home:
         """The platforms that have a folder with their file in this home."""
         return {p.parent.name for p in self.root.glob("*/platform.yaml")}
 
+    def file(self, name: str) -> Path:
+        """Where a platform's file is, or would be, in this home."""
+        return self.root / name / "platform.yaml"
+
     def site(self, name: str) -> Site:
         """One platform of the home; adworld as shipped until it is registered with changes.
 
@@ -88,16 +101,12 @@ class Home:
             UsageError: if it is not registered.
             PlatformError: if its file does not hold together.
         """
-        file = self.root / name / "platform.yaml"
+        file = self.file(name)
         if not file.is_file():
             if name != ALWAYS:
                 raise UsageError(f"{self.root}: no platform {name!r} is registered (mtmd register)")
-            file = SHIPPED / f"{name}.yaml"
+            file = shipped_file(name)
         return Site(load_platform(file), self.root / name)
-
-    def registered(self, name: str) -> bool:
-        """Whether a platform has a folder with its file in this home."""
-        return (self.root / name / "platform.yaml").is_file()
 
     def register(self, file_or_name: str, data: str | None = None) -> Site:
         """Copy a platform file (or a shipped platform, by name) into the home; arguments as of `read`.
@@ -106,16 +115,15 @@ class Home:
             UsageError, PlatformError: as `read`; then nothing is registered.
         """
         platform, text = self.read(file_or_name, data)
-        folder = self.root / platform.name
+        file = self.file(platform.name)
+        folder = file.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            draft = folder / f"platform.yaml.{os.getpid()}"
+            draft = folder / f"{file.name}.{os.getpid()}"
             draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / "platform.yaml")
+            os.replace(draft, file)
         except OSError as e:
-            raise PermissionError(
-                f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
-            ) from e
+            raise not_writable(folder, e) from e
         return Site(platform, folder)
 
     def read(self, file_or_name: str, data: str | None = None) -> tuple[Platform, str]:
@@ -130,9 +138,9 @@ class Home:
             UsageError: if there is no such file or platform.
             PlatformError: if the file is refused.
         """
-        places = [SHIPPED / f"{file_or_name}.yaml", Path(file_or_name)]
+        places = [shipped_file(file_or_name), Path(file_or_name)]
         if file_or_name in self.names():
-            places.append(self.root / file_or_name / "platform.yaml")
+            places.append(self.file(file_or_name))
         file = next((f for f in places if f.is_file()), None)
         if file is None:
             known = ", ".join(sorted({p.stem for p in SHIPPED.glob("*.yaml")} | self.names()))
@@ -149,11 +157,6 @@ class Home:
         _refuse_disguise(platform, file)
         return platform, text
 
-    def differs_from_shipped(self, platform: Platform) -> bool:
-        """Whether there is a shipped platform of that name that says something else, its source apart."""
-        shipped = _shipped(platform.name)
-        return shipped is not None and shipped.model_dump(exclude={"source"}) != platform.model_dump(exclude={"source"})
-
     def prepare_dagster(self) -> Path:
         """Dagster's folder in this home, with the settings of the checkout's `dagster.yaml`; set as `DAGSTER_HOME`.
 
@@ -169,9 +172,7 @@ class Home:
             if not (folder / "dagster.yaml").exists():
                 shutil.copy(CHECKOUT / "dagster.yaml", folder)
         except OSError as e:
-            raise PermissionError(
-                f"{folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
-            ) from e
+            raise not_writable(folder, e) from e
         os.environ["DAGSTER_HOME"] = str(folder)
         return folder
 
@@ -183,10 +184,15 @@ def _placed(source: Mapping[str, Any], file: Path, data: str | None) -> dict[str
     return {**source, **folders, **({} if data is None else {"data": str(Path(data).absolute())})}
 
 
+def differs_from_shipped(platform: Platform) -> bool:
+    """Whether there is a shipped platform of that name that says something else, its source apart."""
+    shipped = _shipped(platform.name)
+    return shipped is not None and shipped.model_dump(exclude={"source"}) != platform.model_dump(exclude={"source"})
+
+
 def _shipped(name: str) -> Platform | None:
     """The shipped platform of that name, if there is one."""
-    file = SHIPPED / f"{name}.yaml"
-    return load_platform(file) if file.is_file() else None
+    return shipped_platform(name) if shipped_file(name).is_file() else None
 
 
 def _refuse_disguise(platform: Platform, file: Path) -> None:

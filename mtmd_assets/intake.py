@@ -16,6 +16,7 @@ import polars as pl
 
 from mtmd_assets.faults import BadFile
 from mtmd_assets.platform import Platform
+from mtmd_assets.platform_names import IDS
 from mtmd_assets.snapshots import varying
 from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import Columns, tables
@@ -198,7 +199,6 @@ def _check_snapshots(con: "duckdb.DuckDBPyConnection", platform: Platform, file:
 def _verdicts(typed: pl.DataFrame, platform: Platform) -> pl.Series:
     """Why each row is refused; null for the rows to keep."""
     surface, product = pl.col("surface"), pl.col("product")
-    ids = ("impression_id", "request_id", "user_id", "item_id")
     outcomes = [pl.col(f"outcome_{t}") for t in platform.task_names]
     given = [(t.name, t.given) for t in platform.tasks if t.given is not None]
     children = [(pl.col(f"outcome_{t}") == 1) & (pl.col(f"outcome_{parent}") == 0) for t, parent in given]
@@ -210,7 +210,7 @@ def _verdicts(typed: pl.DataFrame, platform: Platform) -> pl.Series:
         .then(pl.lit("unknown_surface"))
         .when(~product.is_in(platform.products).fill_null(False))
         .then(pl.lit("unknown_product"))
-        .when(pl.any_horizontal(pl.col(ids).is_null()))
+        .when(pl.any_horizontal(pl.col(IDS).is_null()))
         .then(pl.lit("missing_id"))
         # A child's outcome presupposes its parent's (outcomes are unconditional).
         .when(pl.any_horizontal(*(o == _INVALID for o in outcomes), *children).fill_null(False))

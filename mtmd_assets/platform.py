@@ -125,12 +125,7 @@ class Platform(Frozen):
 
     def slices_of(self, task: Task) -> list[tuple[str, str]]:
         """The slices in which a task exists."""
-        return [
-            (s, p)
-            for s in self.surfaces
-            for p in self.products
-            if s in (task.surfaces or self.surfaces) and p in (task.products or self.products)
-        ]
+        return [slice_ for slice_ in self.slices if self.has(task, *slice_)]
 
     @cached_property
     def slices(self) -> tuple[tuple[str, str], ...]:
@@ -183,9 +178,9 @@ class Platform(Frozen):
         days before, or all of them where the built-in ranker has to be trained."""
         return max(self.start, day - timedelta(self.history_days)) if self.logs_scores else self.start
 
-    def has(self, feature: Feature, surface: str, product: str) -> bool:
-        """Whether the contract expects the feature in a slice."""
-        return surface in (feature.surfaces or self.surfaces) and product in (feature.products or self.products)
+    def has(self, part: Task | Feature, surface: str, product: str) -> bool:
+        """Whether a slice has a task, or a feature by the contract: all have it where the file names none."""
+        return surface in (part.surfaces or self.surfaces) and product in (part.products or self.products)
 
     @cached_property
     def model_schema(self) -> Schema:
@@ -355,4 +350,9 @@ def load_platform(path: Path) -> Platform:
 
 def shipped_platform(name: str) -> Platform:
     """A platform that comes with the project: `adworld` or `kuairand`."""
-    return load_platform(SHIPPED / f"{name}.yaml")
+    return load_platform(shipped_file(name))
+
+
+def shipped_file(name: str) -> Path:
+    """Where the file of a platform of that name lies, or would lie, in this project."""
+    return SHIPPED / f"{name}.yaml"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
+from mtmd_assets.platform_names import IDS
 from mtmd_assets.platform_parts import Fault, Feature, ParquetSource, Task, refuse_duplicates
 from mtmd_assets.tables import tables
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from mtmd_assets.platform import Platform
 
-IDS = ("impression_id", "request_id", "user_id", "item_id")
 ENTITIES = {"query": ("user_id", "surface"), "item": ("item_id", "product")}
 """Side -> the columns of every log that belong to it."""
 

@@ -2,19 +2,9 @@
 
 import re
 
+IDS = ("impression_id", "request_id", "user_id", "item_id")
 # Columns every table of logs has; a feature may not take their names.
-KEY_COLUMNS = (
-    "impression_id",
-    "request_id",
-    "user_id",
-    "item_id",
-    "ts",
-    "surface",
-    "product",
-    "ds",
-    "weight",
-    "ranker_version",
-)
+KEY_COLUMNS = (*IDS, "ts", "surface", "product", "ds", "weight", "ranker_version")
 
 SQL_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 VALUE = re.compile(r"[A-Za-z0-9_]+")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, is_mtmd
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, takes_nothing
 from mtmd_assets.faults import PlatformError, UsageError
 from mtmd_assets.home import Site
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 Run = Callable[..., None]
-"""As `jobs.Run`, for tests to stand in."""
+"""As `in_process.Run`, for tests to stand in."""
 Step = Callable[[str], AbstractContextManager[None]]
 
 
@@ -91,7 +91,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     require_results(document)
     if days[-1] >= datetime.now(ZoneInfo(site.platform.time_zone)).date():
         raise UsageError(f"{site.platform.name}: the last evaluation day, {days[-1]}, has not ended yet")
-    idle = [m for m in others if is_mtmd(site.platform, m)]
+    idle = [m for m in others if takes_nothing(site.platform, m)]
     if idle:
         print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
     build_days(site, site.platform.window(days[0] - timedelta(1))[0], days[-1], run, step)

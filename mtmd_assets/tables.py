@@ -7,6 +7,7 @@ Hive key of the path.
 from typing import TYPE_CHECKING
 
 import sql
+from mtmd_assets.platform_names import IDS
 from mtmd_assets.platform_parts import Feature
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ def tables(platform: "Platform") -> dict[str, Columns]:
     """Table name -> column name -> DuckDB type, in column order."""
     id_ = "BIGINT" if platform.id_type == "integer" else "VARCHAR"
     keys = {
-        "impression_id": id_,
-        "request_id": id_,
-        "user_id": id_,
-        "item_id": id_,
+        **dict.fromkeys(IDS, id_),
         "ts": "TIMESTAMP",
         "surface": "VARCHAR",
         "product": "VARCHAR",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sql
+from mtmd_assets.faults import not_writable
 from mtmd_assets.processes import alive, this_process
 from mtmd_assets.tables import Columns
 
@@ -107,9 +108,7 @@ class Warehouse:
             probe.mkdir()
             probe.rmdir()
         except OSError as e:
-            raise PermissionError(
-                f"{self.folder} cannot be written ({e.strerror}): set MTMD_HOME to a folder that can"
-            ) from e
+            raise not_writable(self.folder, e) from e
         self._sweep()
         changed = [t for t in self.tables if self._create_table(t)]
         for table in changed:

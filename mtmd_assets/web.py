@@ -23,7 +23,6 @@ def serve(home: Home, port: int) -> int:
     with instance_of(folder) as instance:
         bury_dead(instance)
     command = [str(SCRIPTS / "dg"), "dev", "-w", str(CHECKOUT / "workspace.yaml"), "-p", str(port)]
-    # Elsewhere than in the checkout, whose dagster.yaml is for those who start Dagster without a home.
     children: list[subprocess.Popen[bytes]] = []
 
     def end(*_: object) -> None:
@@ -35,6 +34,7 @@ def serve(home: Home, port: int) -> int:
     # which a shell has had ignored if it started this in the background; Dagster stops its own processes by it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        # not in the checkout, whose dagster.yaml is for those who start Dagster without a home
         children.append(subprocess.Popen(command, cwd=folder))
         return children[0].wait()
     except KeyboardInterrupt:  # the child has it too, and takes a while

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, is_mtmd, model_schema, train_config
+from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, model_schema, takes_nothing, train_config
 from mtmd_assets.platform import shipped_platform
 from mtmd_assets.platform_parts import Contenders, MMOESettings, PooledSettings
 from mtmd_model.config import MTMDConfig
@@ -64,14 +64,14 @@ def test_an_ablation_changes_one_thing_that_it_is_named_after(name):
     training = adworld.training.model_copy(update={"main_effects": True, "averaged_passes": 2.0})
     binned = [f.model_copy(update={"bins": 8, "width": 4}) if f.kind == "dense" else f for f in adworld.features]
     platform = adworld.model_copy(update={"training": training, "features": binned})
-    assert not is_mtmd(platform, name)
+    assert not takes_nothing(platform, name)
     one_domain = platform.model_copy(update={"surfaces": platform.surfaces[:1], "products": platform.products[:1]})
-    assert is_mtmd(one_domain, name) == (name in ("no_domain_norm", "one_model_a_product"))
+    assert takes_nothing(one_domain, name) == (name in ("no_domain_norm", "one_model_a_product"))
     alike = [task.model_copy(update={"given": None, "width": 48}) for task in platform.tasks]
-    assert is_mtmd(platform.model_copy(update={"tasks": alike}), name) == (name in ("unconstrained", "width_48"))
+    assert takes_nothing(platform.model_copy(update={"tasks": alike}), name) == (name in ("unconstrained", "width_48"))
     bare = adworld.training.model_copy(update={"main_effects": False, "averaged_passes": 0.0})
     nothing_taken = name in ("no_main_effects", "last_step", "no_bins")
-    assert is_mtmd(adworld.model_copy(update={"training": bare}), name) == nothing_taken
+    assert takes_nothing(adworld.model_copy(update={"training": bare}), name) == nothing_taken
     whole = train_config(platform, change_of(platform, "mtmd"), 0).to_dict()
     without = train_config(platform, change_of(platform, name), 0).to_dict()
     flat = {
