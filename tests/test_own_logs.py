@@ -39,6 +39,7 @@ def own_platform(folder, scores=True):
             log.scores.with_columns(pl.col("impression_id").cast(pl.String)).write_parquet(path)
     content = yaml.safe_load(small_adworld(folder).read_text())
     content.update(name="ours", id_type="text")
+    del content["experiments"]  # of adworld's days
     content["source"] = {
         "kind": "parquet",
         "impressions": str(folder / "impressions"),
