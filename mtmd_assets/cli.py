@@ -150,18 +150,19 @@ def demo(home: Home, options: argparse.Namespace) -> int:
 
     A log that goes on is shown from its first day, a log that has ended up to its last one.
     """
+    from mtmd_assets import study
     from mtmd_assets.automation import MODEL_TABLES
 
     site = _site(home, options.platform, options.data)
     platform = site.platform
     evaluated = platform.end or platform.first_evaluated
     trained = evaluated - timedelta(1)
-    first = platform.built_from(platform.window(trained)[0])
+    window = platform.window(trained)
     print(f"{platform.name}: {len(platform.slices)} slices, {len(platform.tasks)} tasks, home {home.root}", flush=True)
     with jobs_in_process(home, site) as run:
-        with step(f"1/3 build and check the days {first} to {evaluated}"):
-            run("data", first, evaluated)
-        with step(f"2/3 train on the window {platform.window(trained)[0]} to {trained}"):
+        with step(f"1/3 build and check the days {platform.built_from(window[0])} to {evaluated}"):
+            study.build(site, window[0], evaluated, run)
+        with step(f"2/3 train on the window {window[0]} to {trained}"):
             run("models", trained, only=("models",))
         with step(f"3/3 evaluate and embed {evaluated}"):
             run("models", evaluated, only=[t for t in MODEL_TABLES if t != "models"])
@@ -186,7 +187,8 @@ def _site(home: Home, name: str, data: str | None) -> Site:
     _require_folder(platform)
     if name in home.names() and _says_something_else(home, name):
         print(
-            f"{name}: the shipped platform file takes the place of the registered one, which says something else",
+            f"{name}: the shipped platform file takes the place of the registered one, which says something else and is "
+            f"kept as {home.replaced(name)}",
             flush=True,
         )
     return home.register(name, data)

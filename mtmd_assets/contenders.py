@@ -102,6 +102,7 @@ def own_settings(platform: Platform, model: str) -> OwnSettings:
 NOTHING_TAKEN: Mapping[str, Callable[[Platform], bool]] = {
     "unconstrained": lambda platform: all(task.given is None for task in platform.tasks),
     "no_domain_norm": lambda platform: len(platform.surfaces) == len(platform.products) == 1,
+    "no_task_shared": lambda platform: len(platform.tasks) == 1,
     "one_model_a_product": lambda platform: len(platform.products) == 1,
     **{
         f"width_{width}": partial(lambda width, platform: all(t.width == width for t in platform.tasks), width)

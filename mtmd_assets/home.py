@@ -94,6 +94,10 @@ class Home:
         """Where a platform's file is, or would be, in this home."""
         return self.root / name / "platform.yaml"
 
+    def replaced(self, name: str) -> Path:
+        """Where the file is kept that a platform had before it was last registered with another."""
+        return self.file(name).with_suffix(".yaml.before")
+
     def site(self, name: str) -> Site:
         """One platform of the home; adworld as shipped until it is registered with changes.
 
@@ -121,6 +125,8 @@ class Home:
             folder.mkdir(parents=True, exist_ok=True)
             draft = folder / f"{file.name}.{os.getpid()}"
             draft.write_text(text, encoding="utf-8")
+            if file.is_file() and file.read_bytes() != draft.read_bytes():
+                shutil.copy(file, self.replaced(platform.name))
             os.replace(draft, file)
         except OSError as e:
             raise not_writable(folder, e) from e

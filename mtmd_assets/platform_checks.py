@@ -70,6 +70,7 @@ def check(platform: "Platform") -> None:
     _ranker(platform)
     _columns(platform)
     _dates(platform)
+    _time_zone(platform)
 
 
 def _names(platform: "Platform") -> None:
@@ -251,3 +252,9 @@ def _dates(platform: "Platform") -> None:
         raise Fault("experiments.last_day", f"the first day that a model can score is {first}", last_day)
     if last_day is not None and end is not None and last_day > end:
         raise Fault("experiments.last_day", f"after the end, {end}", last_day)
+
+
+def _time_zone(platform: "Platform") -> None:
+    """Days of the simulator are UTC's."""
+    if platform.source.kind == "adworld" and platform.time_zone != "UTC":
+        raise Fault("time_zone", "the simulator's days are UTC's: leave the key out", platform.time_zone)

@@ -13,12 +13,14 @@ from mtmd_assets.markdown import markdown_table
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+ROUNDING = 1e-9
+"""A LogMAE below this is one of rounding: all scores of the slice are the same."""
 HEADER = ("surface", "product", "task", "rows", "mtmd", "constant", "constant_median", "gain over constant")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One slice x task: LogMAE of the model and of the constants (None where the window never saw the slice)."""
+    """One slice x task: LogMAE of the model and of the constants (None unless the windows of all days saw the slice)."""
 
     surface: str
     product: str
@@ -30,8 +32,10 @@ class Cell:
 
     @property
     def gain(self) -> float | None:
-        """(constant - mtmd) / constant."""
-        return None if self.constant is None else (self.constant - self.mtmd) / self.constant
+        """(constant - mtmd) / constant; None where the constant is not there, or makes no error but by rounding."""
+        return (
+            None if self.constant is None or self.constant < ROUNDING else (self.constant - self.mtmd) / self.constant
+        )
 
 
 def cells(con: "DuckDBPyConnection", site: Site, days: Sequence[date]) -> list[Cell]:

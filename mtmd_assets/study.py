@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, takes_nothing
 from mtmd_assets.faults import PlatformError, UsageError
 from mtmd_assets.home import Site
+from mtmd_assets.in_process import RunFailed
 
 if TYPE_CHECKING:
     import polars as pl
@@ -54,13 +55,35 @@ def chosen(names: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def build_days(site: Site, first: date, last: date, run: Run, step: Step) -> None:
-    """Build the examples of the days from `first` to `last` that can have some, if any are not there, in one run."""
+def build_lacking(site: Site, first: date, last: date, run: Run, step: Step) -> None:
+    """`build` the examples of `first` to `last` if any are not there."""
+    if _lacking(site, first, last):
+        with step(f"build and check the days {site.platform.built_from(first)} to {last}"):
+            build(site, first, last, run)
+
+
+def build(site: Site, first: date, last: date, run: Run) -> None:
+    """Build the examples of the days from `first` to `last` that can have some, in one run, with earlier days that they read.
+
+    An earlier day that fails stops nothing if these days have all that they need.
+
+    Raises:
+        UsageError: the last of them has not ended.
+        in_process.RunFailed: some of them are not there after it.
+    """
     platform = site.platform
-    if site.warehouse.missing("joined_examples", max(first, platform.scored_from), last):
-        start = platform.built_from(first)
-        with step(f"build and check the days {start} to {last}"):
-            run("data", start, last)
+    if last >= datetime.now(ZoneInfo(platform.time_zone)).date():
+        raise UsageError(f"{platform.name}: {last} is needed, and has not ended yet")
+    try:
+        run("data", platform.built_from(first), last)
+    except RunFailed:
+        if _lacking(site, first, last):
+            raise
+        print(f"    {first} to {last} are there all the same", flush=True)
+
+
+def _lacking(site: Site, first: date, last: date) -> list[date]:
+    return site.warehouse.missing("joined_examples", max(first, site.platform.scored_from), last)
 
 
 def results(site: Site, models: Sequence[str], document: Path, run: Run, step: Step, seeds: int | None = None) -> int:
@@ -70,8 +93,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         seeds: how many of each model, at least; what the platform file says if None.
 
     Raises:
-        UsageError: no model beside mtmd, fewer than one seed, a document that is not of results, an evaluation day that
-            has not ended.
+        UsageError: no model beside mtmd, fewer than one seed, a document that is not of results, or as `build`.
         PlatformError: as `evaluation_days`.
     """
     from mtmd_assets.assets.experiments import op_name
@@ -89,12 +111,10 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
     if seeds < 1:
         raise UsageError(f"--seeds must be 1 or more, got {seeds}")
     require_results(document)
-    if days[-1] >= datetime.now(ZoneInfo(site.platform.time_zone)).date():
-        raise UsageError(f"{site.platform.name}: the last evaluation day, {days[-1]}, has not ended yet")
     idle = [m for m in others if takes_nothing(site.platform, m)]
     if idle:
         print(f"{', '.join(idle)}: without what {site.platform.name} does not have, left out", flush=True)
-    build_days(site, site.platform.window(days[0] - timedelta(1))[0], days[-1], run, step)
+    build_lacking(site, site.platform.window(days[0] - timedelta(1))[0], days[-1], run, step)
     # what is compared first is written down first, for the ablations take the longest
     for group in (CONTENDERS, ABLATIONS):
         of_group = [m for m in others if m in group and m not in idle]
@@ -127,7 +147,7 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
 
     Raises:
         UsageError: a model that is not searched, a document that is not of results, a platform file without tuning days, or
-            as `tuning.given`.
+            as `tuning.given` or `build`.
         PlatformError: as `evaluation_days`.
     """
     from mtmd_assets import tuning
@@ -143,7 +163,7 @@ def tune(site: Site, models: Sequence[str], document: Path, run: Run, step: Step
     days = sorted(site.platform.experiments.tuning_days)
     if not days:
         raise UsageError(f"{site.platform.name}: the platform file names no experiments.tuning_days, to search on")
-    build_days(site, site.platform.window(days[0])[0], days[-1], run, step)
+    build_lacking(site, site.platform.window(days[0])[0], days[-1], run, step)
     with step(f"try {', '.join(models)}"):
         new = [m for m in models if m not in set(_published_trials(site)["model"])]
         for table in tuning.tune(site, models, 0, lambda line: print(f"    {line}", flush=True), tries):

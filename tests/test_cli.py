@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from datetime import date, datetime
 
+import duckdb
+import polars as pl
 import pytest
 import yaml
 
@@ -195,7 +197,12 @@ def test_a_shipped_file_that_takes_the_place_of_another_one_is_said(home, tmp_pa
     content = yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump({**content, "schedule_hour": 23}))
     cli._site(home, "kuairand", str(folder))
-    assert "the shipped platform file takes the place of the registered one" in capsys.readouterr().out
+    kept = home.replaced("kuairand")
+    said = capsys.readouterr().out
+    assert "the shipped platform file takes the place of the registered one" in said
+    assert str(kept) in said
+    assert yaml.safe_load(kept.read_text())["schedule_hour"] == 23
+    assert home.names() == {"kuairand"}
     file.write_text(yaml.safe_dump({**content, "schedule_hour": "noon"}))
     cli._site(home, "kuairand", str(folder))
     assert "takes the place of" in capsys.readouterr().out, "of one that is refused, too"
@@ -235,6 +242,32 @@ def test_what_killed_shells_have_spilled_is_removed(home):
     assert not old.parent.exists()
     assert not older.exists()
     assert new.exists()
+
+
+def scores(day, model, rows, logmae):
+    return (date(2026, 1, day), model, None, "search", "standard", "ctr", rows, logmae)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "constant", "gain"),
+    [
+        ([(1, "mtmd", 10, 0.3), (2, "mtmd", 30, 0.1), (1, "constant", 10, 0.6), (2, "constant", 30, 0.2)], 0.3, 0.5),
+        ([(1, "mtmd", 10, 0.3), (2, "mtmd", 30, 0.1), (2, "constant", 30, 0.2)], None, None),
+        ([(1, "mtmd", 10, 0.3), (1, "constant", 10, 0.0)], 0.0, None),
+        ([(1, "mtmd", 10, 0.3), (1, "constant", 10, 1e-16)], 1e-16, None),
+        ([(1, "mtmd", 10, 0.3)], None, None),
+    ],
+    ids=["whole", "a slice that is new on the second day", "scores all the same", "but for rounding", "a new slice"],
+)
+def test_the_model_stands_beside_constants_of_the_same_rows_only(home, metrics, constant, gain):
+    columns = ("ds", "model", "bucket", "surface", "product", "task", "rows", "logmae")
+    table = pl.DataFrame([scores(*m) for m in metrics], schema=columns, orient="row")
+    with duckdb.connect() as con:
+        con.register("daily_slice_metrics", table)
+        [cell] = scoreboard.cells(con, home.site("adworld"), [date(2026, 1, 1), date(2026, 1, 2)])
+        assert "| mtmd |" in scoreboard.scoreboard(con, home.site("adworld"), [date(2026, 1, 1)])
+    assert (cell.constant, cell.gain) == (pytest.approx(constant), pytest.approx(gain))
+    assert cell.rows == sum(rows for _, model, rows, _ in metrics if model == "mtmd")
 
 
 def test_where_to_look_names_the_platform():

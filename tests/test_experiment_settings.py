@@ -69,6 +69,8 @@ def test_an_ablation_changes_one_thing_that_it_is_named_after(name):
     assert takes_nothing(one_domain, name) == (name in ("no_domain_norm", "one_model_a_product"))
     alike = [task.model_copy(update={"given": None, "width": 48}) for task in platform.tasks]
     assert takes_nothing(platform.model_copy(update={"tasks": alike}), name) == (name in ("unconstrained", "width_48"))
+    one_task = platform.model_copy(update={"tasks": platform.tasks[:1]})
+    assert takes_nothing(one_task, name) == (name in ("no_task_shared", "unconstrained"))
     bare = adworld.training.model_copy(update={"main_effects": False, "averaged_passes": 0.0})
     nothing_taken = name in ("no_main_effects", "last_step", "no_bins")
     assert takes_nothing(adworld.model_copy(update={"training": bare}), name) == nothing_taken

@@ -13,6 +13,7 @@ import pytest
 from mtmd_assets import cli, contenders, model_store, study
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, UsageError, Withheld
+from mtmd_assets.in_process import RunFailed
 from mtmd_assets.join import create_evaluated
 from mtmd_assets.training_pool import TrainJob, train_all
 from tests.studied import DAYS, OF_DAY, TRAINED, quiet
@@ -367,9 +368,19 @@ def test_days_that_have_not_ended_are_refused_to_results_and_not_to_the_search(s
     site = type(studied.site)(
         studied.site.platform.model_copy(update={"experiments": experiments}), studied.site.folder
     )
-    with pytest.raises(UsageError, match="2190-01-01, has not ended yet"):
+    with pytest.raises(UsageError, match="2190-01-01 is needed, and has not ended yet"):
         study.results(site, ["no_routing"], studied.document, studied.run_step, quiet)
     assert study.evaluation_days(site)[-1] == date(2190, 1, 1)
+
+
+def test_an_earlier_day_that_fails_stops_only_who_needs_it(studied, capsys):
+    def run(job, first, last):
+        raise RunFailed(f"{job} {first} {last}")
+
+    study.build(studied.site, DAYS[0], DAYS[1], run)
+    assert f"{DAYS[0]} to {DAYS[1]} are there all the same" in capsys.readouterr().out
+    with pytest.raises(RunFailed, match=f"data 2026-01-01 {DAYS[1] + timedelta(1)}"):
+        study.build(studied.site, DAYS[0], DAYS[1] + timedelta(1), run)
 
 
 def test_an_ablation_of_what_the_platform_does_not_have_is_left_out(studied, tmp_path, capsys):

@@ -211,6 +211,7 @@ MISTAKES = [
     ({"experiments": {"contenders": {"pooled_towers": {"experts": 4}}}}, "experiments.contenders", "4"),
     ({"experiments": {"contenders": {"slice_towers": {"deviation": 0.1}}}}, "experiments.contenders", "0.1"),
     ({"experiments": {"contenders": {"lists": {}}}}, "experiments.contenders.lists", "{}"),
+    ({"time_zone": "America/New_York"}, "time_zone", "America/New_York"),
     # switches and numbers
     ({"training": {"main_effects": "off"}}, "training.main_effects", "off"),
     ({"experiments": {"mtmd": {"main_effects": 1}}}, "experiments.mtmd.main_effects", "1"),

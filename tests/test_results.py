@@ -17,7 +17,7 @@ from mtmd_assets.faults import UsageError
 from mtmd_assets.results import ablations, calibration, comparison, contenders, trainings
 from mtmd_assets.results import routing as routing_results
 from mtmd_assets.results.document import HEAD, require_results, write_sections
-from mtmd_assets.results.result import cell_in_words, headline, headline_of, result_of, verdicts
+from mtmd_assets.results.result import cell_in_words, headline, headline_of, interval, result_of, verdicts
 from tests.studied import DAYS
 from tests.worlds import copy_of, query, show_failure
 
@@ -88,6 +88,12 @@ def test_each_cell_has_its_constants_and_the_share_that_the_floor_touched(studie
         studied, "SELECT max(floored) FROM experiment_slice_metrics WHERE model = 'mtmd' AND bucket IS NULL"
     )
     assert f"LogMAE's floor of 1e-06 touches at most {floored:.2%} of mtmd's rows" in text
+
+
+def test_a_mean_of_no_cell_says_why():
+    nothing = {"improvement": None, "bucket": None}
+    assert interval({**nothing, "rows": 199}) == "no cell with 200 rows"
+    assert interval({**nothing, "rows": 300}) == "it errs in no cell"
 
 
 def test_a_seed_that_not_all_days_have_is_left_out(studied, tmp_path):

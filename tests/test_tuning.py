@@ -190,7 +190,7 @@ def test_what_a_person_tries_is_trained_beside_the_start_and_kept_beside_other_t
 
 
 def test_a_search_goes_on_in_another_home_by_the_records_of_its_trials_alone(searched, tmp_path):
-    study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+    study.build_lacking(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
     tries = ["dropout=0.2"]
     [trained] = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, tries)
     other = copy_of(searched, tmp_path).site
@@ -210,7 +210,7 @@ def test_a_search_goes_on_in_another_home_by_the_records_of_its_trials_alone(sea
 
 
 def test_a_trial_is_judged_by_the_cells_with_enough_rows(searched, monkeypatch):
-    study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+    study.build_lacking(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
 
     def mean() -> tuple[int, float]:
         [trained] = tuning.tune(searched.site, ["pooled_towers"], 1, lambda line: None, ["dropout=0.2"])
@@ -230,7 +230,7 @@ def test_a_trial_is_judged_by_the_cells_with_enough_rows(searched, monkeypatch):
 
 def test_a_trial_that_diverges_comes_last(searched):
     site = searched.site
-    study.build_days(site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+    study.build_lacking(site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
     [found] = tuning.tune(site, ["pooled_towers"], 1, lambda line: None, ["learning_rate=1e30"])
     assert set(found.filter(pl.col("trial") != tuning.START)["logmae"]) == {math.inf}
     first, last = tuning.ranking(found).splitlines()[2:]
@@ -278,7 +278,7 @@ def test_a_tuning_day_among_the_evaluation_days_is_refused(searched):
 
 
 def test_a_tuning_day_without_a_large_cell_is_said_before_anything_is_trained(searched, monkeypatch):
-    study.build_days(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
+    study.build_lacking(searched.site, date(2026, 1, 1), date(2026, 1, 3), searched.run_step, quiet)
     [(largest,)] = query(
         searched,
         "SELECT max(n) FROM (SELECT count(*) AS n FROM joined_examples WHERE ds = ? GROUP BY surface, product)",

@@ -82,14 +82,15 @@ def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds
     """Every slice x task: LogMAE of mtmd and the constants, improvement over each contender with its interval."""
     rows: list[list[object]] = []
     pooled = con.execute(
-        """SELECT (model, surface, product, task), sum(rows * logmae) / sum(rows), max(floored) FROM experiment_slice_metrics
+        """SELECT (model, surface, product, task), sum(rows * logmae) / sum(rows), max(floored), sum(rows) / greatest(count(DISTINCT seed), 1)
+        FROM experiment_slice_metrics
         WHERE ds BETWEEN ? AND ? AND bucket IS NULL
             AND (model IN ('constant', 'constant_median') OR model = 'mtmd' AND list_contains(?, seed))
         GROUP BY ALL""",
         [first, last, seeds],
     ).fetchall()
-    logmae = {key: value for key, value, _ in pooled}
-    floored = max(share for (model, *_), _, share in pooled if model == "mtmd")
+    logmae = {(key, rows_of): value for key, value, _, rows_of in pooled}
+    floored = max(share for (model, *_), _, share, _ in pooled if model == "mtmd")
     contenders = [c for c in CONTENDERS if rows_where(con, "contender = $model AND surface IS NULL", model=c)]
     found = {
         (r["contender"], r["surface"], r["product"], r["task"]): r
@@ -101,7 +102,8 @@ def _cells(con: "DuckDBPyConnection", site: Site, first: date, last: date, seeds
             count = max((c["rows"] for c in cells if c is not None), default=None)
             if count is not None:
                 keys = [(model, surface, product, task) for model in ("mtmd", "constant", "constant_median")]
-                errors = [f"{logmae[key]:.4f}" if key in logmae else "" for key in keys]
+                # a constant of fewer rows lacks a day whose window had not seen the slice
+                errors = [f"{logmae[key, count]:.4f}" if (key, count) in logmae else "" for key in keys]
                 rows.append(
                     [surface, product, task, count, *errors, *("" if c is None else cell_in_words(c) for c in cells)]
                 )

@@ -92,16 +92,17 @@ def rows_where(con: "DuckDBPyConnection", where: str, **parameters: object) -> l
 
 
 def interval(row: dict[str, Any]) -> str:
-    """A line\'s improvement with its pointwise interval, as far as its seeds allow one."""
+    """A line's improvement with its pointwise interval, as far as its seeds allow one."""
     if row["improvement"] is None:
-        return "" if row["bucket"] is not None else f"no cell with {MIN_ROWS} rows"
+        few = row["rows"] < MIN_ROWS
+        return "" if row["bucket"] is not None else f"no cell with {MIN_ROWS} rows" if few else "it errs in no cell"
     if row["seeds"] == 1:
         return f"{row['improvement']:+.1%} (one seed)"  # users alone say too little of a training
     return f"{row['improvement']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]"
 
 
 def cell_in_words(row: dict[str, Any]) -> str:
-    """A cell\'s improvement with its simultaneous interval, or with what its rows, users and seeds allow."""
+    """A cell's improvement with its simultaneous interval, or with what its rows, users and seeds allow."""
     if row["improvement"] is None:
         return ""
     if row["seeds"] == 1:
