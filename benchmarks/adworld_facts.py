@@ -20,7 +20,7 @@ import polars as pl
 
 from mtmd_assets.platform import Platform, shipped_platform
 from mtmd_assets.ranker import auc
-from mtmd_assets.sources.adworld import CHUNK, Adworld
+from mtmd_assets.sources.adworld import CHUNK, Adworld, draw_chunk
 from mtmd_assets.sources.adworld_truth import (
     RAPPORT_ACT,
     RAPPORT_CTR,
@@ -28,9 +28,6 @@ from mtmd_assets.sources.adworld_truth import (
     Logits,
     Requests,
     Rows,
-    draw_candidates,
-    draw_requests,
-    true_logits,
 )
 from mtmd_assets.sources.adworld_world import (
     CATEGORIES,
@@ -39,10 +36,6 @@ from mtmd_assets.sources.adworld_world import (
     FORMATS,
     LANDING_TYPES,
     LATENT,
-    Constants,
-    ads_of,
-    generator,
-    users_of,
 )
 
 Matrix = npt.NDArray[np.float64]
@@ -323,16 +316,11 @@ class Fit:
 
 def chunks(rows: int) -> Iterator[tuple[Day, Requests, Rows, Logits]]:
     """The first day as Adworld.read makes it, before it is logged."""
-    s, ordinal = SHIPPED.source, FIRST.toordinal()
-    assert s.kind == "adworld"
-    c = Constants(s.seed)
-    users, ads = users_of(c, s.users, ordinal), ads_of(c, s.ads, s.users, ordinal)
-    world = Day(s.seed, ordinal, rows, c, users, ads)
+    source = SHIPPED.source.model_copy(update={"rows_per_day": rows})
+    world = Adworld(SHIPPED.model_copy(update={"source": source})).world_of(FIRST)
     for start in range(0, rows, CHUNK):
-        rng = generator(s.seed, ordinal, "chunk", start)
-        requests = draw_requests(rng, world, start, min(CHUNK, rows - start))
-        candidates = draw_candidates(rng, world, requests)
-        yield world, requests, candidates, true_logits(world, requests, candidates)[0]
+        _, requests, candidates, (truth, _, _) = draw_chunk(world, start)
+        yield world, requests, candidates, truth
 
 
 def one_hot(codes: npt.NDArray[np.int64], names: Sequence[object]) -> Matrix:

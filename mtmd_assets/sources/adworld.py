@@ -80,7 +80,7 @@ class Adworld:
 
     def read(self, day: date) -> LogDay:
         """The logs of `day`: always the same for one platform file, whichever days were read before."""
-        world = self._world(day)
+        world = self.world_of(day)
         starts = range(0, world.rows, CHUNK)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             chunks = list(pool.map(lambda start: _chunk(world, start), starts))
@@ -91,7 +91,8 @@ class Adworld:
             scores_file=f"adworld's ranker (seed {self.source.seed})",
         )
 
-    def _world(self, day: date) -> Day:
+    def world_of(self, day: date) -> Day:
+        """What the day's rows are drawn from."""
         s, ordinal = self.source, day.toordinal()
         users = users_of(self.constants, s.users, ordinal)
         ads = ads_of(self.constants, s.ads, s.users, ordinal)
@@ -104,13 +105,17 @@ class Adworld:
         return pl.concat([p.select(list(self.columns[table])) for p in parts], rechunk=False)
 
 
+def draw_chunk(world: Day, start: int) -> tuple[np.random.Generator, Requests, Rows, tuple[Logits, Array, Array]]:
+    """Up to CHUNK rows from row `start` of the day, before they are logged, with `true_logits` of them; and what draws the rest."""
+    rng = generator(world.seed, world.ordinal, "chunk", start)
+    requests = draw_requests(rng, world, start, min(CHUNK, world.rows - start))
+    rows = draw_candidates(rng, world, requests)
+    return rng, requests, rows, true_logits(world, requests, rows)
+
+
 def _chunk(world: Day, start: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Impressions and scores of up to CHUNK rows from row `start` of the day."""
-    n = min(CHUNK, world.rows - start)
-    rng = generator(world.seed, world.ordinal, "chunk", start)
-    requests = draw_requests(rng, world, start, n)
-    rows = draw_candidates(rng, world, requests)
-    truth, match, peak = true_logits(world, requests, rows)
+    rng, requests, rows, (truth, match, peak) = draw_chunk(world, start)
     impressions = _impressions(rng, world, requests, rows, truth, match, peak, start)
     seen = _seen_by_ranker(rng, world, requests, rows, truth)
     scores = _score_log(rng, world, impressions, rows, seen)
