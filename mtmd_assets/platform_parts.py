@@ -359,7 +359,7 @@ class OwnSettings(Frozen):
     main_effects: Flag | None = None
 
     def given(self) -> dict[str, Any]:
-        """What the file says, in its words: of what is null a deviation only, which means unrelated experts."""
+        """What the file says, in its words. Null is as if nothing were said, but for a deviation: that is unrelated experts."""
         return {k: v for k, v in self.model_dump(exclude_unset=True).items() if v is not None or k == "deviation"}
 
 

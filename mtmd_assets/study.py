@@ -123,7 +123,7 @@ def results(site: Site, models: Sequence[str], document: Path, run: Run, step: S
         days_of_group = compared_days(site.platform, of_group[0], days[-1])  # of one group all the same
         first, last = days_of_group[0], days_of_group[-1]
         with step(f"train {1 + len(of_group)} models with {seeds} seeds, score {first} to {last}"):
-            config = {"models": ["mtmd", *of_group], "seeds": seeds}
+            config = {"models": of_group, "seeds": seeds}
             run("experiments", first, last, config={"ops": {op_name(site): {"config": config}}})
         with step("compare"):
             run("improvements", days[-1])

@@ -52,7 +52,8 @@ TRIED: Mapping[str, tuple[float, ...]] = {
     "id_dropout": (0.0, 0.3),
     "main_effects": (False, True),
 }
-"""Values of a setting; those that are not the start's are tried, and of a start that is none of them all but the last."""
+"""Values of a setting: all but the start's are tried, and where the start has none of them all but the last, so that every
+model has as many trials."""
 FACTORS: Mapping[str, tuple[float, ...]] = {
     "learning_rate": (2 / 3, 3 / 2),
     "embedding_rate": (1 / 3, 3),

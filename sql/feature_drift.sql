@@ -2,8 +2,8 @@
 --
 -- Computed when read, from the published days of `feature_contract`, so that it cannot depend on the order in which
 -- days were built. The trailing days are the drift_days() calendar days before; days that are not published, slices
--- without rows and rates that broke the contract are passed over, and a day with none before it has no row. drift_days() and drift_tolerance() come
--- from the platform file.
+-- without rows and rates that broke the contract are passed over, and a day with none before it has no row. drift_days()
+-- and drift_tolerance() come from the platform file.
 CREATE OR REPLACE VIEW feature_drift AS
 WITH compared AS (
     SELECT

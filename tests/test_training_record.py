@@ -177,7 +177,7 @@ def test_a_file_that_is_no_record_is_named(tmp_path, content):
 def test_the_records_that_the_project_brings_are_those_of_its_document():
     """Of the code that docs/results.md names: with others the result would not come out of them."""
     [(of_mtmd, of_others)] = re.findall(
-        r"^## kuairand\n\n.*?code `(\w+)`, of the others `(\w+)`",
+        r"^## kuairand\n\n.*?code of mtmd `(\w+)`, of the others `(\w+)`",
         (CHECKOUT / "docs" / "results.md").read_text(),
         re.MULTILINE | re.DOTALL,
     )

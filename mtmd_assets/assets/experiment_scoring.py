@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TABLES = {
     "experiment_models": "One row a trained contender, ablation or seed, as in `models`, and a hash of the rows it scored.",
     "experiment_predictions": "As `predictions`, of every model and seed.",
-    "experiment_slice_metrics": "As the daily metrics, of every model, seed and constant; the view `slice_metrics` has both, of the constants the daily.",
+    "experiment_slice_metrics": "Metrics of every model and seed, and of the constants; the view `slice_metrics` adds the daily ones.",
     "experiment_routing_metrics": "Which experts the routers of each seed of mtmd use.",
 }
 

@@ -25,8 +25,8 @@ from mtmd_assets.windows import verify_window
 class ExperimentConfig(dg.Config):
     """What to train."""
 
-    models: list[str] = Field(default=["mtmd", *CONTENDERS])
-    """Names in `contenders.MODELS`, beside mtmd; what is published of others, and of further seeds, stays if they would
+    models: list[str] = Field(default=list(CONTENDERS))
+    """Names in `contenders.MODELS`, mtmd being trained beside them; what is published of others, and of further seeds, stays if they would
     be trained the same today, and scored on the same rows."""
     seeds: int = 0
     """How many; 0 is what the platform file says."""

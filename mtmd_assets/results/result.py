@@ -117,5 +117,5 @@ def verdicts(cells: Sequence[dict[str, Any]], seeds: int) -> list[object]:
     """`VERDICTS`: how many are better, how many worse, how many have too few users to say; nothing of one seed, which cannot."""
     if seeds == 1:
         return [""] * len(VERDICTS)
-    verdicts = [verdict(r) for r in cells]
-    return [verdicts.count("better"), verdicts.count("worse"), sum(r["joint_low"] is None for r in cells)]
+    found = [verdict(r) for r in cells]
+    return [found.count("better"), found.count("worse"), sum(r["joint_low"] is None for r in cells)]

@@ -42,7 +42,7 @@ def setting_section(
     versions = f"{ours}, of the others {theirs}" if theirs else ours
     lines = [
         f"Result `{result_id}`. Evaluated on {first} to {last} ({rows:,} impressions), each day by models of the window that",
-        f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} {'seed' if seeds == 1 else 'seeds'}; code {versions}.",
+        f"ends on the day before ({spans}; a window's last day decides when to stop); {seeds} {'seed' if seeds == 1 else 'seeds'}; hash of the code of mtmd {versions}.",
     ]
     if not site.platform.logs_scores:
         from mtmd_assets.scoreboard import ranker_auc

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from checks.training import JUMP, high_passes
 from mtmd_assets import training_record
-from mtmd_assets.contenders import ABLATIONS, CONTENDERS
+from mtmd_assets.contenders import CONTENDERS
 from mtmd_assets.home import Site
 from mtmd_assets.markdown import markdown_table
 from mtmd_assets.results.result import WHOLE
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 def parameters_section(con: "DuckDBPyConnection", site: Site, first: date, last: date) -> str:
     """Parameters, passes, jumps and settings, a row a model."""
-    rows = con.execute(
+    found = con.execute(
         f"""SELECT model, max(embedding_params), max(dense_params), avg(best_epoch + 1), any_value(config), list(model_version)
-        FROM experiment_models WHERE ds BETWEEN $first AND $last AND (model, seed) IN ({WHOLE}) GROUP BY model ORDER BY model""",
+        FROM experiment_models WHERE ds BETWEEN $first AND $last AND (model, seed) IN ({WHOLE}) GROUP BY model""",
         {"first": first, "last": last, "days": (last - first).days + 1},
     ).fetchall()
-    order = {m: n for n, m in enumerate(("mtmd", *CONTENDERS, *ABLATIONS))}
-    table = [
-        [model, f"{embedding:,}", f"{dense:,}", f"{epoch:.1f}", jumped(site, versions), _settings(json.loads(config))]
-        for model, embedding, dense, epoch, config, versions in sorted(rows, key=lambda r: order.get(r[0], 99))
-        if model in ("mtmd", *CONTENDERS)
-    ]
-    counts = {model: (embedding, dense) for model, embedding, dense, *_ in rows}
+    rows = {model: row for model, *row in found}
+    table = []
+    for model in (m for m in ("mtmd", *CONTENDERS) if m in rows):
+        embedding, dense, epoch, config, versions = rows[model]
+        said = _settings(json.loads(config))
+        table.append([model, f"{embedding:,}", f"{dense:,}", f"{epoch:.1f}", jumped(site, versions), said])
+    counts = {model: (embedding, dense) for model, (embedding, dense, *_) in rows.items()}
     words = f"""Parameters (of embedding tables the rows that training has met), the mean number of passes whose weights were kept, and the trainings whose loss jumped: rose above {JUMP:g} times
 that of an earlier pass (`checks/training.py`; slice towers have one loss for all).{_task_weights(site)}{_beside_slice_towers(counts)}"""
     return f"{words}\n\n{markdown_table(['model', 'embedding', 'other', 'passes kept', 'jumped', 'settings'], table)}"
