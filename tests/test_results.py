@@ -47,7 +47,7 @@ def test_the_document_says_what_the_tables_say(studied):
     assert "Constrained modelling, by task and by slice:" in text
     assert "How unlike the domains are in the 18 dense features" in text
     mtmd, contender = (model_store.code_version(architecture) for architecture in ("mtmd", "mmoe_dcn"))
-    assert text.count(f"code `{mtmd}`, of the others `{contender}`.") == text.count(f"code `{mtmd}`.") == 1
+    assert text.count(f"mtmd `{mtmd}`, of the others `{contender}`.") == text.count(f"mtmd `{mtmd}`.") == 1
 
 
 def test_an_ablation_has_an_interval_in_each_bucket_and_its_cells_by_slice(studied):
