@@ -379,7 +379,7 @@ def test_an_earlier_day_that_fails_stops_only_who_needs_it(studied, capsys):
 
     study.build(studied.site, DAYS[0], DAYS[1], run)
     assert f"{DAYS[0]} to {DAYS[1]} are there all the same" in capsys.readouterr().out
-    with pytest.raises(RunFailed, match=f"data 2026-01-01 {DAYS[1] + timedelta(1)}"):
+    with pytest.raises(RunFailed, match=f"data {DAYS[0]} {DAYS[1] + timedelta(1)}"):
         study.build(studied.site, DAYS[0], DAYS[1] + timedelta(1), run)
 
 

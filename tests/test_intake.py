@@ -180,7 +180,8 @@ def test_rows_of_another_day_are_refused(con):
 
 
 def test_the_day_is_that_of_the_platforms_time_zone(con):
-    tokyo = parse_platform(TEXT + "time_zone: Asia/Tokyo\n", "toy.yaml")
+    own = TEXT.replace("{kind: adworld}", "{kind: parquet, impressions: here, heavyweight_scores: there}")
+    tokyo = parse_platform(own + "time_zone: Asia/Tokyo\n", "toy.yaml")
     start = datetime(2026, 1, 1, 15)  # midnight of 2 January in Tokyo, in UTC
     take_in(tokyo, log(ts=[start] * ROWS), DAY, con)
     with pytest.raises(BadFile, match=r"received '2026-01-01'"):

@@ -42,9 +42,10 @@ def test_a_tick_on_day_d_trains_through_d_minus_1_and_evaluates_the_model_of_d_m
 
 def test_a_tick_is_in_the_platforms_own_time_zone(tmp_path):
     """The morning after New York's clocks went forward, 6:00 there runs the day before."""
-    file = small_adworld(tmp_path, time_zone="America/New_York")
+    logs = {"kind": "parquet", "impressions": "here", "heavyweight_scores": "there"}
+    file = small_adworld(tmp_path, name="ours", time_zone="America/New_York", source=logs)
     runner = Runner(Home(tmp_path / "home").register(str(file)))
-    schedule = runner.definitions.get_repository_def().get_schedule_def("adworld_every_day")
+    schedule = runner.definitions.get_repository_def().get_schedule_def("ours_every_day")
     assert schedule.execution_timezone == "America/New_York"
     at = datetime(2026, 3, 9, 6, 0, tzinfo=ZoneInfo("America/New_York"))
     context = dg.build_schedule_context(scheduled_execution_time=at, instance=runner.instance)
