@@ -184,6 +184,7 @@ def test_the_records_that_the_project_brings_are_those_of_its_document():
     records = sorted((CHECKOUT / "docs" / "records" / "kuairand").glob("*.parquet"))
     found = {file.stem: training_record.manifest_of(file.with_suffix("")) for file in records}
     assert len(found) >= 36
+    architectures = {name: m and m["train_config"]["architecture"] for name, m in found.items()}
     assert {name: m and m["code_version"] for name, m in found.items()} == {
-        name: of_mtmd if "-mtmd-" in name else of_others for name in found
+        name: of_mtmd if architecture == "mtmd" else of_others for name, architecture in architectures.items()
     }
