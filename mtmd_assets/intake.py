@@ -83,7 +83,10 @@ def take_in(platform: Platform, log: LogDay, day: date, con: "duckdb.DuckDBPyCon
     if sum(faulty.values()) > platform.join.max_rejected * in_scope:
         share = f"{sum(faulty.values()) / in_scope:.2%} of its {in_scope} rows in scope are faulty"
         limit = f"the limit is {platform.join.max_rejected:.2%} (join.max_rejected)"
-        raise BadFile(f"{share}, {limit}", file=file, day=day, received=faulty)
+        most = next(iter(faulty))
+        first = received.row((verdict == most).arg_true()[0], named=True)
+        shown = ", ".join(f"{column} {first[column]!r}" for column in _columns_of(most, platform))
+        raise BadFile(f"{share}, {limit}; the first {most}: {shown}", file=file, day=day, received=faulty)
 
     good = verdict.is_null()
     accepted = typed if not reasons else typed.filter(good)
@@ -225,6 +228,13 @@ def _verdicts(typed: pl.DataFrame, platform: Platform) -> pl.Series:
     duplicate = pl.col("reason").is_null() & ~pl.col("line").is_in(kept["line"].implode())
     verdict = pl.when(duplicate).then(pl.lit("duplicate_id")).otherwise(pl.col("reason"))
     return rows.select(verdict.alias("reason"))["reason"]
+
+
+def _columns_of(reason: str, platform: Platform) -> tuple[str, ...]:
+    """Where to look in a row that is refused for a reason (`_verdicts`)."""
+    if reason == "invalid_outcome":
+        return tuple(f"outcome_{t}" for t in platform.task_names)
+    return {"unknown_surface": ("surface",), "unknown_product": ("product",), "missing_id": IDS}.get(reason, IDS[:1])
 
 
 def _leave_rejected(con: "duckdb.DuckDBPyConnection", rows: pl.DataFrame, ids: pl.Series, reasons: pl.Series) -> None:

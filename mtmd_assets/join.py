@@ -254,5 +254,9 @@ def _check_share(
     if sum(found.values()) > limit * rows:
         what = "lack a valid score" if table == "impressions" else "are invalid or of no impression"
         share = f"{sum(found.values()) / rows:.2%} of {rows} rows of {table} {what}"
-        problem = f"{share}, the limit is {limit:.2%} (join.max_rejected)"
+        most = next(iter(found))
+        query = f"FROM {received} SEMI JOIN (FROM {verdicts} WHERE reason = '{most}') AS v USING (line) ORDER BY line LIMIT 1"
+        [first] = con.sql(query).pl().iter_rows(named=True)
+        shown = ", ".join(f"{c} {v!r}" for c, v in first.items() if c == "impression_id" or c.startswith("score_"))
+        problem = f"{share}, the limit is {limit:.2%} (join.max_rejected); the first {most}: {shown}"
         raise BadFile(problem, file=str(warehouse.path(table, day)), day=day, received=found)

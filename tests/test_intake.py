@@ -290,8 +290,29 @@ def test_the_share_of_faulty_rows_is_limited(con):
     at_limit = ["attic"] * 4 + ["tab9"] * 4 + ["home"] * 12  # 4 of 16 in scope: a quarter
     assert take_in(TOY, log(surface=at_limit), DAY, con).reasons == {"out_of_scope": 4, "unknown_surface": 4}
     beyond = ["attic"] * 5 + ["tab9"] * 4 + ["home"] * 11
-    with pytest.raises(BadFile, match=r"31.25% of its 16 rows in scope are faulty.*25.00%.*'unknown_surface': 5"):
+    message = (
+        r"31.25% of its 16 rows in scope are faulty.*25.00%.*; the first unknown_surface: surface 'attic' "
+        r"\(received {'unknown_surface': 5}\)"
+    )
+    with pytest.raises(BadFile, match=message):
         take_in(TOY, log(surface=beyond), DAY, con)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"product": ["odd"] * ROWS}, "unknown_product: product 'odd'"),
+        (
+            {"user_id": pl.Series([None] * ROWS, dtype=pl.String)},
+            "missing_id: impression_id 'i00', request_id 'r00', user_id None",
+        ),
+        ({"outcome_ctr": [0] * ROWS, "outcome_gctr": [1] * ROWS}, "invalid_outcome: outcome_ctr 0, outcome_gctr 1"),
+        ({"impression_id": ["i"] * ROWS}, "duplicate_id: impression_id 'i'"),
+    ],
+)
+def test_a_refused_day_shows_what_is_wrong_with_its_first_row(con, changes, shown):
+    with pytest.raises(BadFile, match=f"; the first {shown}"):
+        take_in(TOY, log(**changes), DAY, con)
 
 
 def test_a_day_wholly_out_of_scope_is_refused(con):

@@ -236,7 +236,8 @@ def test_too_many_faulty_score_rows_refuse_the_day(lake):
     faulty = [score("stranger"), score("i0", hours=-1, ctr=NAN)]
     assert join(lake, platform(max_rejected=0.2), log, fine + faulty)[1].rows == 8
     message = (
-        r"heavyweight_scores.ds=2026-01-02.*27.27% of 11 rows of heavyweight_scores.*'orphan': 2, 'invalid_score': 1"
+        r"heavyweight_scores.ds=2026-01-02.*27.27% of 11 rows of heavyweight_scores.*; the first orphan: "
+        r"impression_id 'stranger', score_ctr 0.5, score_gctr 0.25 .*'orphan': 2, 'invalid_score': 1"
     )
     with pytest.raises(BadFile, match=message):
         join(lake, platform(max_rejected=0.2), log, [*fine, *faulty, score("other")])
@@ -246,7 +247,10 @@ def test_too_many_unscored_impressions_refuse_the_day(lake):
     log = impressions([f"i{k}" for k in range(8)])
     fine = [score(i) for i in log["impression_id"]]
     assert join(lake, platform(max_rejected=0.25), log, fine[2:])[1].rows == 6
-    with pytest.raises(BadFile, match=r"37.50% of 8 rows of impressions lack a valid score.*'no_score': 3"):
+    with pytest.raises(
+        BadFile,
+        match=r"37.50% of 8 rows of impressions lack a valid score.*the first no_score: impression_id 'i0' .*'no_score': 3",
+    ):
         join(lake, platform(max_rejected=0.25), log, fine[3:])
 
 

@@ -1,4 +1,4 @@
--- Experiments training by training: mean LogMAE over the slice x task cells that have 200 rows on all days together.
+-- Experiments (`make results`) training by training: mean LogMAE over the slice x task cells that have 200 rows on all days together.
 WITH cells AS (
     SELECT *, sum(rows) OVER (PARTITION BY model, seed, surface, product, task) AS rows_of_all_days
     FROM experiment_slice_metrics
