@@ -101,6 +101,11 @@ def markdown(result: MissingnessResult, most: int = 50) -> str:
         lines.append(f"| {f.surface} × {f.product} | {f.feature} | {f.rule} | {_expected(f)} | {seen} | {f.rows:,} |")
     if len(result.failures) > most:
         lines += ["", f"and {len(result.failures) - most:,} more"]
+    if any(f.missing_rate is None for f in result.failures):
+        lines += [
+            "",
+            "Where a slice may be without rows, `contract: {empty_slices: allow}` in the platform file lets it.",
+        ]
     return "\n".join(lines)
 
 

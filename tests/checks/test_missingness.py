@@ -161,6 +161,7 @@ def test_failures_read_as_a_table(measure):
     assert lines[0] == "7 of 16 rules fail."
     assert lines[2] == "| slice | feature | rule | expected missing | seen | rows |"
     assert lines[4] == "| home × standard | age | present | at most 10 % | no rows | 0 |"
+    assert "empty_slices: allow" in lines[-1]
     assert lines[8] == "| home × shopping | age | present | at most 10 % | 30 % | 10 |"
 
 
