@@ -132,13 +132,22 @@ def _day(text: str) -> date:
 
 
 def register(home: Home, options: argparse.Namespace) -> int:
-    """Add a platform to the home, or replace it."""
+    """Add a platform to the home, or replace it; logs whose first day cannot be read may be yet to come, and are named.
+
+    Raises:
+        PlatformError: if its log is nowhere given, before anything is registered.
+    """
+    open_source(home.read(options.file, options.data)[0])
     before = home.names()
     site = home.register(options.file, options.data)
     site.warehouse.create()
     name = site.platform.name
     what = "replaced" if name in before else "registered"
     print(f"{what} {name} in {site.folder}; reload the code location if the UI is running")
+    try:
+        site.source.look(site.platform.start)
+    except BadFile as e:
+        print(f"its first day cannot be read yet: {e}", file=sys.stderr)
     return 0
 
 
@@ -204,7 +213,7 @@ def _says_something_else(home: Home, name: str) -> bool:
 
 def _require_folder(platform: Platform) -> None:
     if platform.source.kind == "kuairand":
-        open_source(platform).read(platform.start)
+        open_source(platform).look(platform.start)
 
 
 def results(home: Home, options: argparse.Namespace) -> int:

@@ -135,6 +135,12 @@ def test_registering_again_is_said(home, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("replaced mine in ")
 
 
+def test_registering_a_log_that_is_nowhere_given_is_refused(home, capsys):
+    assert cli.main(["register", "kuairand"]) == 2
+    assert "DATA=folder" in capsys.readouterr().err
+    assert home.names() == set()
+
+
 def test_a_shipped_name_is_refused_to_another_source(home, tmp_path, capsys):
     file = small_adworld(tmp_path, source={"kind": "parquet", "impressions": "here", "heavyweight_scores": "there"})
     assert cli.main(["register", str(file)]) == 2
@@ -275,7 +281,7 @@ def test_where_to_look_names_the_platform():
     assert 'make sql PLATFORM=mine Q="' in scoreboard._where_to_look("mine")
 
 
-def test_folders_that_a_file_names_are_sought_where_it_lies(home, tmp_path, monkeypatch):
+def test_folders_that_a_file_names_are_sought_where_it_lies(home, tmp_path, monkeypatch, capsys):
     content = yaml.safe_load(small_adworld(tmp_path).read_text())
     far = "s3://logs/scores"
     content.update(name="ours", source={"kind": "parquet", "impressions": "logs/seen", "heavyweight_scores": far})
@@ -285,6 +291,8 @@ def test_folders_that_a_file_names_are_sought_where_it_lies(home, tmp_path, monk
     monkeypatch.chdir("/")
     source = Home().site("ours").platform.source
     assert (source.impressions, source.heavyweight_scores) == (str(tmp_path / "logs" / "seen"), far)
+    wanted = f"{tmp_path}/logs/seen/ds=2026-01-01/*.parquet"
+    assert capsys.readouterr().err.startswith(f"its first day cannot be read yet: {wanted}")
 
 
 def test_a_prompt_on_nothing_says_so(home, monkeypatch, capsys):
@@ -295,7 +303,7 @@ def test_a_prompt_on_nothing_says_so(home, monkeypatch, capsys):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["written at the end", "written at once"])
 def test_a_reader_that_has_seen_enough_gets_no_traceback(home, unbuffered):
-    command = [sys.executable, "-m", "mtmd_assets.cli", "register", "kuairand", "--data", "folder"]
+    command = [sys.executable, "-m", "mtmd_assets.cli", "register", "adworld"]
     read, write = os.pipe()
     os.close(read)
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}

@@ -41,6 +41,14 @@ class Source(Protocol):
         """
         ...
 
+    def look(self, day: date) -> None:
+        """See whether the files of `day` are there with their columns, without reading all rows where that is long.
+
+        Raises:
+            BadFile: as `read`; what only the rows tell is found when they are read.
+        """
+        ...
+
 
 def open_source(platform: "Platform") -> Source:
     """The source that the platform file names."""

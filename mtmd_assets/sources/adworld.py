@@ -91,6 +91,9 @@ class Adworld:
             scores_file=f"adworld's ranker (seed {self.source.seed})",
         )
 
+    def look(self, day: date) -> None:
+        """Nothing: every day is there."""
+
     def world_of(self, day: date) -> Day:
         """What the day's rows are drawn from."""
         s, ordinal = self.source, day.toordinal()

@@ -106,6 +106,14 @@ class Kuairand:
         )
         return LogDay(rows, None, impressions_file=files)
 
+    def look(self, day: date) -> None:
+        """As `read`, whose files hold all days and are kept in memory.
+
+        Raises:
+            BadFile: as `read`.
+        """
+        self.read(day)
+
 
 _Version = tuple[Path, int, int]
 """A file as it is now: path, size, time of change. Part of a cache's key, so that a replaced file is read again."""

@@ -1,5 +1,7 @@
 """A team's own logs: a folder of Parquet files a table, local or any fsspec URL. See docs/your-logs.md."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import tables
 
 if TYPE_CHECKING:
+    import pyarrow.parquet as pq
     from fsspec import AbstractFileSystem
 
 
@@ -44,6 +47,20 @@ class ParquetLogs:
         scores, scores_file = self._table(self.source.heavyweight_scores, self.scores, day)
         return LogDay(impressions, scores, impressions_file=file, scores_file=scores_file)
 
+    def look(self, day: date) -> None:
+        """Of each table's first file of the day the columns alone.
+
+        Raises:
+            BadFile: if the day has no file, or its first cannot be read or lacks a column.
+        """
+        folders = {self.source.impressions: self.impressions}
+        if self.source.heavyweight_scores is not None:
+            folders[self.source.heavyweight_scores] = self.scores
+        for folder, columns in folders.items():
+            fs, root = self._open(folder, day)
+            with self._file(fs, self._files(fs, root, folder, day)[0], columns, day):
+                pass
+
     def _table(self, folder: str, columns: list[str], day: date) -> tuple[pl.DataFrame, str]:
         """One table's rows of the day, in our names, and where they came from."""
         fs, root = self._open(folder, day)
@@ -57,7 +74,7 @@ class ParquetLogs:
                     f"another type than in {paths[0]}, {frames[0].schema[column]}",
                     file=path,
                     day=day,
-                    column=self.source.columns.get(column, column),
+                    column=self._theirs(column),
                     received=str(frame.schema[column]),
                 )
             frames.append(frame)
@@ -91,20 +108,31 @@ class ParquetLogs:
 
     def _read(self, fs: "AbstractFileSystem", path: str, columns: list[str], day: date) -> pl.DataFrame:
         """The columns of one file, in our names."""
+        theirs = [self._theirs(c) for c in columns]
+        with self._file(fs, path, columns, day) as file:
+            table: Any = file.read(columns=list(dict.fromkeys(theirs)))
+        frame = pl.DataFrame(pl.from_arrow(table))
+        return frame.select(pl.col(name).alias(ours) for ours, name in zip(columns, theirs, strict=True))
+
+    @contextmanager
+    def _file(self, fs: "AbstractFileSystem", path: str, columns: list[str], day: date) -> Iterator["pq.ParquetFile"]:
+        """An open file that has the columns; what goes wrong while it is read is the file's fault."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        theirs = {c: self.source.columns.get(c, c) for c in columns}
         try:
             with fs.open(path, "rb") as f:
                 file = pq.ParquetFile(f)
                 present = set(file.schema_arrow.names)
-                for ours, name in theirs.items():
+                for ours in columns:
+                    name = self._theirs(ours)
                     if name not in present:
                         wanted = "no such column" if ours == name else f"no such column, for our {ours}"
                         raise BadFile(wanted, file=path, day=day, column=name, received=sorted(present))
-                table: Any = file.read(columns=list(dict.fromkeys(theirs.values())))
+                yield file
         except (OSError, pa.ArrowException, EOFError) as e:
             raise BadFile(f"not readable as Parquet: {str(e).splitlines()[0]}", file=path, day=day) from e
-        frame = pl.DataFrame(pl.from_arrow(table))
-        return frame.select(pl.col(name).alias(ours) for ours, name in theirs.items())
+
+    def _theirs(self, column: str) -> str:
+        """What the log calls one of our columns."""
+        return self.source.columns.get(column, column)

@@ -106,6 +106,21 @@ def test_names_are_mapped_and_scores_read(tmp_path: Path) -> None:
     assert day.scores.columns == ["impression_id", "scored_at", "ranker_version", "score_click"]
 
 
+def test_a_look_finds_what_a_day_lacks(tmp_path: Path) -> None:
+    scores = pl.DataFrame({"impression_id": ["a"], "scored_at": [datetime(2026, 1, 31)], "ranker_version": ["v"]})
+    source = ParquetLogs(platform(tmp_path, f', heavyweight_scores: "{tmp_path}/scores"'))
+    with pytest.raises(BadFile, match=r"impressions.*no such file"):
+        source.look(DAY)
+    write(tmp_path / "impressions" / f"{DAY}.parquet", rows("a"))
+    with pytest.raises(BadFile, match=r"scores.*no such file"):
+        source.look(DAY)
+    path = write(tmp_path / "scores" / f"{DAY}.parquet", scores)
+    with pytest.raises(BadFile, match="column score_click: no such column"):
+        source.look(DAY)
+    write(path, scores.with_columns(score_click=0.5))
+    source.look(DAY)
+
+
 def test_absent_day_names_file_and_day(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="no such file") as e:
         ParquetLogs(platform(tmp_path)).read(DAY)
