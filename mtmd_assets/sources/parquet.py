@@ -91,20 +91,31 @@ class ParquetLogs:
             raise BadFile(f"the folder cannot be opened: {e}", file=folder, day=day) from e
 
     def _files(self, fs: "AbstractFileSystem", root: str, folder: str, day: date) -> list[str]:
-        """The day's files, in the order of their names."""
-        root = root.rstrip("/")
+        """The day's files, in the order of their names; what is there beside them is refused, not passed over."""
+        root, folder = root.rstrip("/"), folder.rstrip("/")
+        among, alone = f"{root}/ds={day}", f"{root}/{day}.parquet"
         try:
             # A listing kept from an earlier day would hide today's files.
             fs.invalidate_cache()
-            paths = sorted(str(p) for p in fs.glob(f"{root}/ds={day}/*.parquet"))
-            if not paths and fs.exists(f"{root}/{day}.parquet"):
-                paths = [f"{root}/{day}.parquet"]
+            found = fs.ls(among, detail=True) if fs.isdir(among) else []
+            single = [alone] if fs.exists(alone) else []
         except Exception as e:  # every file system has its own errors
             raise BadFile(f"the folder cannot be listed: {e}", file=folder, day=day) from e
-        if not paths:
-            folder = folder.rstrip("/")
+        paths = []
+        for path, kind in sorted((str(f["name"]).rstrip("/"), f["type"]) for f in found):
+            name = path.rpartition("/")[2]
+            if (
+                name.startswith(("_", ".")) or name == f"ds={day}"
+            ):  # markers, and object stores' entry of the folder itself
+                continue
+            if kind == "directory" or not name.endswith(".parquet"):
+                raise BadFile("expected files *.parquet alone", file=f"{folder}/ds={day}", day=day, received=name)
+            paths.append(path)
+        if paths and single:
+            raise BadFile(f"the day is in the folder ds={day} too", file=f"{folder}/{day}.parquet", day=day)
+        if not paths and not single:
             raise BadFile("no such file", file=f"{folder}/ds={day}/*.parquet or {folder}/{day}.parquet", day=day)
-        return paths
+        return paths or single
 
     def _read(self, fs: "AbstractFileSystem", path: str, columns: list[str], day: date) -> pl.DataFrame:
         """The columns of one file, in our names."""

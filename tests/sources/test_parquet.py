@@ -84,6 +84,31 @@ def test_several_files_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert ParquetLogs(platform(tmp_path)).read(DAY).impressions["impression_id"].to_list() == ["a", "b", "c"]
 
 
+def test_markers_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "impressions" / f"ds={DAY}"
+    write(folder / "a.parquet", rows("a"))
+    for marker in ("_SUCCESS", ".a.parquet.crc"):
+        (folder / marker).touch()
+    assert ParquetLogs(platform(tmp_path)).read(DAY).impressions["impression_id"].to_list() == ["a"]
+
+
+@pytest.mark.parametrize("stray", ["b.csv", "hour=01/b.parquet"])
+def test_rows_beside_the_files_are_not_passed_over(tmp_path: Path, stray: str) -> None:
+    folder = tmp_path / "impressions" / f"ds={DAY}"
+    write(folder / "a.parquet", rows("a"))
+    write(folder / stray, rows("b"))
+    with pytest.raises(BadFile, match=r"expected files \*\.parquet alone") as e:
+        ParquetLogs(platform(tmp_path)).read(DAY)
+    assert e.value.received == stray.split("/")[0]
+
+
+def test_a_day_in_both_places_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "impressions" / f"ds={DAY}" / "a.parquet", rows("a"))
+    write(tmp_path / "impressions" / f"{DAY}.parquet", rows("a"))
+    with pytest.raises(BadFile, match=f"the day is in the folder ds={DAY} too"):
+        ParquetLogs(platform(tmp_path)).read(DAY)
+
+
 def test_any_file_system_and_a_late_file(memory: str) -> None:
     source = ParquetLogs(platform(memory))
     with pytest.raises(BadFile, match="no such file"):
