@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from mtmd_assets.platform import Platform, shipped_platform
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import shipped_platform
 from mtmd_assets.ranker import auc
 from mtmd_assets.sources.adworld import CHUNK, Adworld, draw_chunk
 from mtmd_assets.sources.adworld_truth import (

@@ -10,7 +10,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from mtmd_assets.platform import shipped_platform
+from mtmd_assets.platform_file import shipped_platform
 from mtmd_assets.sources.adworld import Adworld
 
 

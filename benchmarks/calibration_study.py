@@ -21,7 +21,7 @@ from benchmarks.worlds import options, world
 from mtmd_assets.contenders import change_of
 from mtmd_assets.home import Home, Site
 from mtmd_assets.in_process import jobs_in_process, step
-from mtmd_assets.platform import SHIPPED
+from mtmd_assets.platform_file import SHIPPED
 from mtmd_assets.training_pool import TrainJob, train_all, training_jobs
 from mtmd_model import checkpoint
 from mtmd_model.calibration import expected

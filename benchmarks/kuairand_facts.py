@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from mtmd_assets.markdown import markdown_table
-from mtmd_assets.platform import shipped_platform
+from mtmd_assets.platform_file import shipped_platform
 
 IMPRESSION = ("user_id", "video_id", "tab", "time_ms")
 

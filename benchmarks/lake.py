@@ -27,7 +27,7 @@ import yaml
 import sql
 from benchmarks.figures import Figure, alternating, seconds, table
 from mtmd_assets.home import CHECKOUT, Home, Site
-from mtmd_assets.platform import SHIPPED
+from mtmd_assets.platform_file import SHIPPED
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

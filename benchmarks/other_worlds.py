@@ -21,7 +21,7 @@ from mtmd_assets.home import Home, Site
 from mtmd_assets.improvement import MIN_ROWS
 from mtmd_assets.in_process import jobs_in_process, step
 from mtmd_assets.markdown import markdown_table
-from mtmd_assets.platform import SHIPPED
+from mtmd_assets.platform_file import SHIPPED
 from mtmd_assets.study import results
 
 FIRST_SEED = 101

@@ -1,6 +1,7 @@
 """The Dagster code location: what runs when, on which day.
 
-The platform file    platform, platform_parts, platform_checks, platform_names; home: the registered ones
+The platform file    platform, platform_parts, platform_names: what it says; platform_checks, platform_file: read; home: the
+                     registered ones
 The lake             warehouse, tables
 A day                sources: read; intake, snapshots: its bad rows; ranker: scores, where the log has none; history: features
                      of earlier days; join: examples; contract: what features they should have; windows: whether they are all

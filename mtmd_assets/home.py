@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from mtmd_assets.faults import PlatformError, UsageError, not_writable
-from mtmd_assets.platform import (
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import (
     SHIPPED,
-    Platform,
     load_platform,
     parse_platform,
     parse_yaml,

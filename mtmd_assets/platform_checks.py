@@ -1,61 +1,18 @@
-"""What must hold between the parts of a platform file. Every check raises `Fault`; `in_words` makes one of pydantic's."""
+"""What must hold between the parts of a platform file. Every check raises `Fault`."""
 
-import re
 from collections.abc import Iterator
-from datetime import date, timedelta
-from typing import TYPE_CHECKING
+from datetime import timedelta
 
+from mtmd_assets.platform import Platform
 from mtmd_assets.platform_names import IDS
 from mtmd_assets.platform_parts import Fault, Feature, ParquetSource, Task, refuse_duplicates
 from mtmd_assets.tables import tables
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
-    from mtmd_assets.platform import Platform
 
 ENTITIES = {"query": ("user_id", "surface"), "item": ("item_id", "product")}
 """Side -> the columns of every log that belong to it."""
 
 
-_IN_WORDS = {
-    "extra_forbidden": "no such key",
-    "missing": "needed",
-    "union_tag_not_found": "needed",
-    "union_tag_invalid": "expected one of {expected_tags}",
-    "literal_error": "expected {expected}",
-    "greater_than": "expected more than {gt}",
-    "greater_than_equal": "expected at least {ge}",
-    "less_than": "expected less than {lt}",
-    "less_than_equal": "expected at most {le}",
-    "too_short": "expected at least {min_length} of them",
-    "too_long": "expected at most {max_length} of them",
-    "string_too_short": "expected text that is not empty",
-    "string_type": "expected text",
-    "int_type": "expected a whole number",
-    "float_type": "expected a number",
-    "finite_number": "expected a number",
-    "bool_type": "expected true or false",
-    "tuple_type": "expected a list",
-    "dict_type": "expected keys and values",
-    "model_type": "expected keys and values",
-    "model_attributes_type": "expected keys and values",
-}
-"""Pydantic's types of error."""
-
-
-def in_words(error: "ErrorDetails") -> Fault:
-    """One of pydantic's errors as a person would say it; the fault's key is relative to the error's place."""
-    kind, context = error["type"], error.get("ctx", {})
-    known = _IN_WORDS.get(kind)
-    said = known.format(**context) if known else error["msg"].removeprefix("Value error, ")
-    said = re.sub(r"datetime\.date\((\d+), (\d+), (\d+)\)", lambda m: str(date(*map(int, m.groups()))), said)
-    key = "kind" if kind.startswith("union_tag") else ""
-    received = context["tag"] if kind == "union_tag_invalid" else None if said == "needed" else error["input"]
-    return Fault(key, said, received)
-
-
-def check(platform: "Platform") -> None:
+def check(platform: Platform) -> None:
     """All of them.
 
     Raises:
@@ -73,7 +30,7 @@ def check(platform: "Platform") -> None:
     _time_zone(platform)
 
 
-def _names(platform: "Platform") -> None:
+def _names(platform: Platform) -> None:
     """No two columns have one name, counters of history included."""
     counts = ["impressions", *platform.task_names]
     counters = {f"{a}_{word}_{b}" for a in counts for b in counts for word in ("of", "for")}
@@ -91,7 +48,7 @@ def _names(platform: "Platform") -> None:
             raise Fault(key, "that name is taken by a counter of history", name)
 
 
-def _scopes(platform: "Platform") -> None:
+def _scopes(platform: Platform) -> None:
     """What tasks and features name as their surfaces or products is there, and nothing is both in and out of scope."""
     parts: tuple[tuple[str, tuple[Task | Feature, ...]], ...] = (
         ("tasks", platform.tasks),
@@ -117,7 +74,7 @@ def _scopes(platform: "Platform") -> None:
                 raise Fault(f"out_of_scope.{axis}", f"it is in scope, one of {axis}", value)
 
 
-def _chain(platform: "Platform") -> None:
+def _chain(platform: Platform) -> None:
     """Each task's `given` is listed before it and exists wherever it does."""
     by_name = {t.name: t for t in platform.tasks}
     seen: set[str] = set()
@@ -140,7 +97,7 @@ def _chain(platform: "Platform") -> None:
         seen.add(task.name)
 
 
-def _tasks_everywhere(platform: "Platform") -> None:
+def _tasks_everywhere(platform: Platform) -> None:
     """Each surface and product has a task."""
     slices = {slice_ for task in platform.tasks for slice_ in platform.slices_of(task)}
     for n, axis in enumerate(("surfaces", "products")):
@@ -159,7 +116,7 @@ def _ancestors(task: Task, by_name: dict[str, Task]) -> Iterator[str]:
         given = by_name[given].given
 
 
-def _histories(platform: "Platform") -> None:
+def _histories(platform: Platform) -> None:
     """A feature from history counts what is logged, by columns of its own side."""
     counts = ("impressions", *platform.task_names)
     for i, f in enumerate(platform.features):
@@ -175,7 +132,7 @@ def _histories(platform: "Platform") -> None:
                 raise Fault(f"features.{i}.history.by.{n}", problem, column)
 
 
-def _towers(platform: "Platform") -> None:
+def _towers(platform: Platform) -> None:
     """Each domain of a tower has a feature."""
     for side, domains in (("query", platform.surfaces), ("item", platform.products)):
         features = [f for f in platform.features if f.side == side]
@@ -186,7 +143,7 @@ def _towers(platform: "Platform") -> None:
                 raise Fault("features", f"the {side} tower has none for {where}: add a feature of side {side}", names)
 
 
-def _ranker(platform: "Platform") -> None:
+def _ranker(platform: Platform) -> None:
     """It is there where it is needed and only there, and crosses columns that name entities."""
     if platform.ranker is None:
         if not platform.logs_scores:
@@ -207,7 +164,7 @@ def _ranker(platform: "Platform") -> None:
     refuse_duplicates(pairs, "ranker.cross.{}")
 
 
-def _columns(platform: "Platform") -> None:
+def _columns(platform: Platform) -> None:
     """`source.columns` renames columns that are read, and no column of theirs is two of ours, copies of ids apart."""
     source = platform.source
     if not isinstance(source, ParquetSource):
@@ -233,7 +190,7 @@ def _columns(platform: "Platform") -> None:
                     raise Fault(f"source.columns.{ours}", f"in {table} that is already our {other}", theirs)
 
 
-def _dates(platform: "Platform") -> None:
+def _dates(platform: Platform) -> None:
     """Days that are named are the log's, and one that has ended is long enough for one day to be evaluated."""
     first, end, last_day = platform.first_evaluated, platform.end, platform.experiments.last_day
     if end is not None and end < platform.start:
@@ -254,7 +211,7 @@ def _dates(platform: "Platform") -> None:
         raise Fault("experiments.last_day", f"after the end, {end}", last_day)
 
 
-def _time_zone(platform: "Platform") -> None:
+def _time_zone(platform: Platform) -> None:
     """Days of the simulator are UTC's."""
     if platform.source.kind == "adworld" and platform.time_zone != "UTC":
         raise Fault("time_zone", "the simulator's days are UTC's: leave the key out", platform.time_zone)

@@ -4,14 +4,10 @@ Wide and typed: one column a feature, a score and an outcome. `ds`, the partitio
 Hive key of the path.
 """
 
-from typing import TYPE_CHECKING
-
 import sql
+from mtmd_assets.platform import Platform
 from mtmd_assets.platform_names import IDS
 from mtmd_assets.platform_parts import Feature
-
-if TYPE_CHECKING:
-    from mtmd_assets.platform import Platform
 
 Columns = dict[str, str]
 
@@ -28,7 +24,7 @@ def feature_type(feature: Feature) -> str:
     return "BIGINT" if feature.type == "integer" else "VARCHAR"
 
 
-def tables(platform: "Platform") -> dict[str, Columns]:
+def tables(platform: Platform) -> dict[str, Columns]:
     """Table name -> column name -> DuckDB type, in column order."""
     id_ = "BIGINT" if platform.id_type == "integer" else "VARCHAR"
     keys = {
@@ -182,7 +178,7 @@ def tables(platform: "Platform") -> dict[str, Columns]:
     }
 
 
-def views(platform: "Platform") -> str:
+def views(platform: Platform) -> str:
     """Statements that define the macros and the views over the tables' own; numbers of the platform file that these read
     are macros without arguments."""
     numbers = {"drift_days": platform.drift.days, "drift_tolerance": platform.drift.tolerance}

@@ -24,7 +24,7 @@ from mtmd_assets.faults import UsageError, Withheld
 from mtmd_assets.home import Site
 from mtmd_assets.markdown import markdown_table
 from mtmd_assets.platform import Platform
-from mtmd_assets.platform_checks import in_words
+from mtmd_assets.platform_file import in_words
 from mtmd_assets.platform_parts import Preset
 from mtmd_assets.training_pool import TrainJob, is_current, train_all, training_jobs
 from mtmd_assets.windows import verify_window

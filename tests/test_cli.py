@@ -19,7 +19,7 @@ from mtmd_assets import cli, scoreboard, shell
 from mtmd_assets.faults import UsageError
 from mtmd_assets.home import CHECKOUT, Home
 from mtmd_assets.in_process import RunFailed
-from mtmd_assets.platform import SHIPPED
+from mtmd_assets.platform_file import SHIPPED
 from tests.sources.kuairand_folder import log_row, write_folder
 from tests.worlds import small_adworld
 

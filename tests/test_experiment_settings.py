@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mtmd_assets.contenders import ABLATIONS, CONTENDERS, MODELS, change_of, model_schema, takes_nothing, train_config
-from mtmd_assets.platform import shipped_platform
+from mtmd_assets.platform_file import shipped_platform
 from mtmd_assets.platform_parts import Contenders, MMOESettings, PooledSettings
 from mtmd_model.config import MTMDConfig
 from mtmd_model.contenders.plain import PlainConfig

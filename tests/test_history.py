@@ -7,7 +7,8 @@ import pytest
 
 from mtmd_assets.faults import Withheld
 from mtmd_assets.history import create_history
-from mtmd_assets.platform import Platform, parse_platform
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.tables import tables
 from mtmd_assets.warehouse import Warehouse
 

@@ -9,7 +9,7 @@ import pytest
 
 from mtmd_assets.faults import BadFile
 from mtmd_assets.intake import take_in, write_intake
-from mtmd_assets.platform import parse_platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import tables, views
 from mtmd_assets.warehouse import Warehouse

@@ -16,7 +16,7 @@ from checks.accounting import RowCount
 from mtmd_assets.faults import BadFile, Withheld
 from mtmd_assets.intake import take_in, write_intake
 from mtmd_assets.join import SCORE_FAULTS, AccountingError, build_examples, check_accounting, prepare_join
-from mtmd_assets.platform import parse_platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import tables
 from mtmd_assets.warehouse import Warehouse

@@ -6,7 +6,7 @@ from datetime import date, datetime
 import yaml
 
 from mtmd_assets.home import Home
-from mtmd_assets.platform import SHIPPED
+from mtmd_assets.platform_file import SHIPPED
 from tests.sources.kuairand_folder import EXCERPT, log_row, needs_excerpt, write_folder
 from tests.worlds import SCORED, Runner, cli_output, query, show_failure
 

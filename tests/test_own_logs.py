@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mtmd_assets.home import Home
-from mtmd_assets.platform import parse_platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.sources.adworld import Adworld
 from tests.worlds import SCORED, Runner, show_failure, small_adworld
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from mtmd_assets.faults import PlatformError
 from mtmd_assets.home import Home
-from mtmd_assets.platform import Platform, load_platform, parse_platform, shipped_platform
-from mtmd_assets.platform_checks import in_words
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import in_words, load_platform, parse_platform, shipped_platform
 from mtmd_assets.tables import tables
 
 MINIMAL = """
@@ -266,10 +266,13 @@ def test_an_error_of_pydantic_is_put_in_words(changes, key, said, received):
 
 
 def test_every_mistake_is_put_in_plain_words():
+    said = []
     for changes, *_ in MISTAKES:
-        with pytest.raises(ValidationError) as error:
-            Platform.model_validate(yaml.safe_load(broken(**changes)))
-        assert not [e for e in error.value.errors() if re.search("Input|Field|valid|tag", str(in_words(e)))]
+        with pytest.raises(PlatformError) as error:
+            parse_platform(broken(**changes), "toy.yaml")
+        said += re.findall(r"^toy\.yaml: [^:]+: (.*) \(received ", str(error.value), re.MULTILINE)
+    assert len(said) >= len(MISTAKES)
+    assert not [words for words in said if re.search("Input|Field|valid|tag", words)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import sql
 from mtmd_assets.contract import measure_contract
 from mtmd_assets.intake import take_in, write_intake
 from mtmd_assets.join import build_examples
-from mtmd_assets.platform import parse_platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.platform_names import RESERVED, column_name
 from mtmd_assets.sources import LogDay
 from mtmd_assets.tables import tables, views

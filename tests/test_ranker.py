@@ -9,7 +9,8 @@ import pytest
 from mtmd_assets.assets import ranker as assets
 from mtmd_assets.faults import Withheld
 from mtmd_assets.home import Site
-from mtmd_assets.platform import Platform, parse_platform
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.ranker import RankerInfo, auc, day_auc, load_ranker, ranker_day, score_day, train_ranker, training_days
 from mtmd_assets.tables import tables
 from mtmd_assets.warehouse import Warehouse

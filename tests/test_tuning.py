@@ -12,7 +12,7 @@ import pytest
 from mtmd_assets import model_store, study, tuning
 from mtmd_assets.contenders import CONTENDERS, Change, change_of, train_config
 from mtmd_assets.faults import PlatformError, UsageError, Withheld
-from mtmd_assets.platform import shipped_platform
+from mtmd_assets.platform_file import shipped_platform
 from mtmd_assets.training_pool import train_all
 from tests.studied import DAYS, quiet, small_study
 from tests.worlds import copy_of, query

@@ -14,7 +14,8 @@ import duckdb
 import yaml
 
 from mtmd_assets.home import Site
-from mtmd_assets.platform import SHIPPED, Platform
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import SHIPPED
 
 SCORED = ("predictions", "slice_metrics", "routing_metrics", "item_embeddings", "query_embeddings")
 """Tables of an evaluated day."""

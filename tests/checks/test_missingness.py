@@ -8,7 +8,7 @@ import pytest
 from checks.dagster_results import contract_result, drift_result
 from checks.missingness import ContractRule, Failure, MissingnessResult, check_contract, check_drift, markdown
 from mtmd_assets.contract import contract_rules, measure_contract
-from mtmd_assets.platform import parse_platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.tables import tables, views
 from mtmd_assets.warehouse import Warehouse
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mtmd_assets.home import CHECKOUT
-from mtmd_assets.platform import Platform, shipped_platform
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import shipped_platform
 
 EXCERPT = CHECKOUT.parent / "shared" / "data" / "KuaiRand-Pure"
 

@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from mtmd_assets.faults import PlatformError
-from mtmd_assets.platform import Platform, shipped_platform
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import shipped_platform
 from mtmd_assets.sources import LogDay
 from mtmd_assets.sources.adworld import CHUNK, Adworld
 from mtmd_assets.sources.adworld_world import Constants, ads_of, uniform, users_of

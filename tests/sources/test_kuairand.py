@@ -6,7 +6,7 @@ import pytest
 
 from mtmd_assets.faults import BadFile, PlatformError
 from mtmd_assets.intake import take_in, write_intake
-from mtmd_assets.platform import shipped_platform
+from mtmd_assets.platform_file import shipped_platform
 from mtmd_assets.ranker import day_auc, ranker_day, score_day, train_ranker
 from mtmd_assets.sources import kuairand
 from mtmd_assets.sources.kuairand import Kuairand

@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 
 from mtmd_assets.faults import BadFile
-from mtmd_assets.platform import Platform, parse_platform
+from mtmd_assets.platform import Platform
+from mtmd_assets.platform_file import parse_platform
 from mtmd_assets.sources.parquet import ParquetLogs
 
 DAY = date(2026, 1, 31)
