@@ -97,7 +97,7 @@ def parse_platform(text: str, file: str) -> Platform:
         platform = Platform.model_validate(content)
         check(platform)
     except Fault as e:
-        raise PlatformError(f"{file}: {e.key}: {e} (received {_shown(e.received)})") from e
+        raise PlatformError(f"{file}: {_refused(content, e.key, e)}") from e
     except ValidationError as e:
         problems = []
         errors = e.errors()
@@ -110,7 +110,7 @@ def parse_platform(text: str, file: str) -> Platform:
             if not isinstance(fault, Fault):
                 fault = in_words(error)
             key = ".".join(k for k in (_key(error["loc"]), fault.key) if k)
-            problems.append(f"{file}: {key}: {fault} (received {_shown(fault.received)}{_of(content, error['loc'])})")
+            problems.append(f"{file}: {_refused(content, key, fault)}")
         raise PlatformError("\n".join(problems)) from e
     return platform
 
@@ -159,13 +159,14 @@ def _key(loc: Sequence[int | str]) -> str:
     return ".".join(str(part) for part in loc if part != "[key]")
 
 
-def _of(content: Mapping[str, Any], loc: Sequence[int | str]) -> str:
-    """Which feature or task it is, for who does not count them."""
-    match loc:
-        case ("features" | "tasks" as kind, int(position), _, *_):
-            name = content[kind][position].get("name")
-            return f"; {kind.removesuffix('s')} {name}" if isinstance(name, str) else ""
-    return ""
+def _refused(content: Mapping[str, Any], key: str, fault: Fault) -> str:
+    """A fault in words; which feature or task it is of is said by name too, for who does not count them."""
+    of = ""
+    match key.split("."):
+        case ("features" | "tasks" as kind, position, _, *_):
+            name = content[kind][int(position)].get("name")
+            of = f"; {kind.removesuffix('s')} {name}" if isinstance(name, str) else ""
+    return f"{key}: {fault} (received {_shown(fault.received)}{of})"
 
 
 def _shown(value: object) -> str:

@@ -238,9 +238,19 @@ def test_mistakes_are_refused_with_file_key_and_value(changes, key, received):
     assert "(received " in message
 
 
-def test_a_mistake_names_its_feature():
-    with pytest.raises(PlatformError, match=r"^toy.yaml: features.5.bins: .*\(received 1; feature x\)$"):
-        parse_platform(broken(**feature(bins=1)), "toy.yaml")
+@pytest.mark.parametrize(
+    ("changes", "key", "received"),
+    [
+        ({"bins": 1}, "features.5.bins", "1"),
+        ({"surfaces": ["nowhere"]}, "features.5.surfaces", "'nowhere'"),
+    ],
+    ids=["of its own", "beside the others"],
+)
+def test_a_mistake_names_its_feature(changes, key, received):
+    with pytest.raises(PlatformError) as error:
+        parse_platform(broken(**feature(**changes)), "toy.yaml")
+    assert str(error.value).startswith(f"toy.yaml: {key}: ")
+    assert str(error.value).endswith(f"(received {received}; feature x)")
 
 
 @pytest.mark.parametrize(
