@@ -1,6 +1,7 @@
 """What a run of the whole pipeline leaves, at a small size, through Dagster, as a user runs it."""
 
 import math
+import re
 from datetime import date
 
 import dagster as dg
@@ -219,6 +220,7 @@ def test_the_prompt_spills_in_the_home(pipeline):
 @pytest.mark.parametrize("file", sorted((sql_files.FOLDER / "queries").glob("*.sql")), ids=lambda f: f.stem)
 def test_the_shipped_queries_answer_in_the_prompt(pipeline, file):
     answer = cli_output(pipeline, "sql", f".read {file}")
-    assert "rows" in answer
+    # Nothing was compared here.
+    assert bool(re.search(r"\b0 rows", answer)) == (file.stem == "seed_by_seed")
     if file.stem == "prediction_from_embeddings":
         assert "20 rows" in answer

@@ -1,0 +1,25 @@
+-- What a pre-ranker is for: in what share of the newest day's requests the model's first candidate is the heavyweight
+-- ranker's, beside the share by chance. Of the candidates that were shown, so of those that an earlier ranker let through.
+WITH requests AS (
+    SELECT
+        p.surface,
+        p.task,
+        count(*) AS candidates,
+        arg_max(p.impression_id, p.probability) = arg_max(p.impression_id, p.score) AS kept
+    FROM predictions AS p
+    INNER JOIN joined_examples AS j USING (ds, impression_id)
+    WHERE p.ds = (SELECT max(ds) FROM predictions)
+    GROUP BY p.surface, p.task, p.model_version, j.request_id
+)
+
+SELECT
+    surface,
+    task,
+    count(*) AS requests,
+    round(avg(candidates), 1) AS candidates,
+    round(avg(kept::INT), 3) AS best_kept,
+    round(avg(1 / candidates), 3) AS by_chance
+FROM requests
+WHERE candidates > 1
+GROUP BY ALL
+ORDER BY surface, task;
