@@ -147,7 +147,7 @@ def register(home: Home, options: argparse.Namespace) -> int:
     try:
         site.source.look(site.platform.start)
     except BadFile as e:
-        print(f"its first day cannot be read yet: {e}", file=sys.stderr)
+        print(f"its first day cannot be read as it is: {e}", file=sys.stderr)
     return 0
 
 

@@ -97,7 +97,7 @@ def parse_platform(text: str, file: str) -> Platform:
         platform = Platform.model_validate(content)
         check(platform)
     except Fault as e:
-        raise PlatformError(f"{file}: {_refused(content, e.key, e)}") from e
+        raise PlatformError(f"{file}: {_refused(content, (), e)}") from e
     except ValidationError as e:
         problems = []
         errors = e.errors()
@@ -109,8 +109,7 @@ def parse_platform(text: str, file: str) -> Platform:
             fault = error.get("ctx", {}).get("error")
             if not isinstance(fault, Fault):
                 fault = in_words(error)
-            key = ".".join(k for k in (_key(error["loc"]), fault.key) if k)
-            problems.append(f"{file}: {_refused(content, key, fault)}")
+            problems.append(f"{file}: {_refused(content, error['loc'], fault)}")
         raise PlatformError("\n".join(problems)) from e
     return platform
 
@@ -159,13 +158,15 @@ def _key(loc: Sequence[int | str]) -> str:
     return ".".join(str(part) for part in loc if part != "[key]")
 
 
-def _refused(content: Mapping[str, Any], key: str, fault: Fault) -> str:
-    """A fault in words; which feature or task it is of is said by name too, for who does not count them."""
+def _refused(content: Mapping[str, Any], loc: tuple[int | str, ...], fault: Fault) -> str:
+    """A fault below `loc` in words; which feature or task it is of is said by name too, for who does not count them."""
     of = ""
-    match key.split("."):
-        case ("features" | "tasks" as kind, position, _, *_):
+    # A key of the file may have dots itself, so that only the fault's own is taken apart.
+    match [part for part in (*loc, *fault.key.split(".")) if part != ""]:
+        case ["features" | "tasks" as kind, position, _, *_]:
             name = content[kind][int(position)].get("name")
             of = f"; {kind.removesuffix('s')} {name}" if isinstance(name, str) else ""
+    key = ".".join(k for k in (_key(loc), fault.key) if k)
     return f"{key}: {fault} (received {_shown(fault.received)}{of})"
 
 

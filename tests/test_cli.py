@@ -292,7 +292,7 @@ def test_folders_that_a_file_names_are_sought_where_it_lies(home, tmp_path, monk
     source = Home().site("ours").platform.source
     assert (source.impressions, source.heavyweight_scores) == (str(tmp_path / "logs" / "seen"), far)
     wanted = f"{tmp_path}/logs/seen/ds=2026-01-01/*.parquet"
-    assert capsys.readouterr().err.startswith(f"its first day cannot be read yet: {wanted}")
+    assert capsys.readouterr().err.startswith(f"its first day cannot be read as it is: {wanted}")
 
 
 def test_a_prompt_on_nothing_says_so(home, monkeypatch, capsys):

@@ -238,6 +238,12 @@ def test_mistakes_are_refused_with_file_key_and_value(changes, key, received):
     assert "(received " in message
 
 
+@pytest.mark.parametrize("key", ["features.999.bins", "tasks.ctr.weight", "features.0.x"])
+def test_a_key_with_dots_is_a_key(key):
+    with pytest.raises(PlatformError, match=rf"^toy\.yaml: {re.escape(key)}: no such key \(received 4\)$"):
+        parse_platform(broken(**{key: 4}), "toy.yaml")
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "received"),
     [

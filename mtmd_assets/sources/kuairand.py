@@ -242,6 +242,8 @@ def _csv(path: Path, types: "dict[str, type[pl.DataType]]") -> pl.DataFrame:
     """The named columns of a CSV file."""
     with path.open("rb") as f:
         header = f.readline().decode("utf-8-sig", "replace").strip().split(",")
+        if not f.seek(0, 2):
+            raise _Fault("holds nothing", None, None)
         f.seek(-1, 2)
         if f.read() != b"\n":
             raise _Fault("does not end with a line break: the file is cut short", None, None)

@@ -87,7 +87,7 @@ class ParquetLogs:
             folder = str(Path(folder).expanduser().absolute())
         try:
             return fsspec.core.url_to_fs(folder, **self.source.storage_options)
-        except (ValueError, ImportError, OSError) as e:
+        except Exception as e:  # every file system has its own errors
             raise BadFile(f"the folder cannot be opened: {e}", file=folder, day=day) from e
 
     def _files(self, fs: "AbstractFileSystem", root: str, folder: str, day: date) -> list[str]:
@@ -104,11 +104,11 @@ class ParquetLogs:
         paths = []
         for path, kind in sorted((str(f["name"]).rstrip("/"), f["type"]) for f in found):
             name = path.rpartition("/")[2]
-            if (
-                name.startswith(("_", ".")) or name == f"ds={day}"
-            ):  # markers, and object stores' entry of the folder itself
+            if path.strip("/") == among.strip("/"):  # object stores list the folder itself
                 continue
-            if kind == "directory" or not name.endswith(".parquet"):
+            if name.startswith(("_", ".")) and not name.endswith(".parquet"):  # a marker, a checksum, _temporary
+                continue
+            if kind == "directory" or not name.endswith(".parquet") or name.startswith(("_", ".")):
                 raise BadFile("expected files *.parquet alone", file=f"{folder}/ds={day}", day=day, received=name)
             paths.append(path)
         if paths and single:
@@ -134,12 +134,14 @@ class ParquetLogs:
         try:
             with fs.open(path, "rb") as f:
                 file = pq.ParquetFile(f)
-                present = set(file.schema_arrow.names)
+                present = file.schema_arrow.names
                 for ours in columns:
                     name = self._theirs(ours)
                     if name not in present:
                         wanted = "no such column" if ours == name else f"no such column, for our {ours}"
-                        raise BadFile(wanted, file=path, day=day, column=name, received=sorted(present))
+                        raise BadFile(wanted, file=path, day=day, column=name, received=sorted(set(present)))
+                    if (times := present.count(name)) > 1:
+                        raise BadFile("such columns, expected one", file=path, day=day, column=name, received=times)
                 yield file
         except (OSError, pa.ArrowException, EOFError) as e:
             raise BadFile(f"not readable as Parquet: {str(e).splitlines()[0]}", file=path, day=day) from e

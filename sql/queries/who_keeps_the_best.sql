@@ -1,6 +1,14 @@
 -- Experiments (`make results`): the three models whose first candidate is most often the heavyweight ranker's, by task and
--- evaluation day, with the worst and the best of their trainings. As is_the_best_kept.sql, which is of the daily model.
-WITH requests AS (
+-- evaluation day, with the worst and the best of their trainings. Of those that scored every evaluation day: ablations may be
+-- of the last one only. As is_the_best_kept.sql, which is of the daily model.
+WITH everywhere AS (
+    SELECT model
+    FROM experiment_models
+    GROUP BY model
+    HAVING count(DISTINCT ds) = (SELECT count(DISTINCT ds) FROM experiment_models)
+),
+
+requests AS (
     SELECT
         p.ds,
         p.task,
@@ -9,9 +17,9 @@ WITH requests AS (
         arg_max(p.impression_id, (p.probability, p.impression_id))
         = arg_max(p.impression_id, (p.score, p.impression_id)) AS kept
     FROM experiment_predictions AS p
-    INNER JOIN joined_examples AS j USING (ds, impression_id)
-    WHERE p.model NOT IN ('constant', 'constant_median')
-    GROUP BY p.ds, p.task, p.model, p.seed, p.model_version, j.request_id
+    INNER JOIN impressions AS i USING (ds, impression_id)
+    WHERE p.model IN (FROM everywhere)
+    GROUP BY p.ds, p.task, p.model, p.seed, p.model_version, i.request_id
     HAVING count(*) > 1
 ),
 

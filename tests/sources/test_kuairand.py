@@ -136,6 +136,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert "line 121" in str(fault(log, cut="3", end="\n"))
     assert "line 21" in str(fault(users, cut="9", end="\n"))
     assert "cut short" in str(fault(videos, cut="5"))
+    assert "holds nothing" in str(fault(log, cut="9999999"))
     assert "not readable" in str(fault(log, old="20220425", new="April"))
     assert fault(log, old=",1,0,0,0,0,0,0,", new=",7,0,0,0,0,0,0,").column == "is_click"
 

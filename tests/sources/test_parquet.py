@@ -4,6 +4,7 @@ from pathlib import Path
 
 import fsspec
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from mtmd_assets.faults import BadFile
@@ -93,7 +94,7 @@ def test_markers_are_passed_over(tmp_path: Path) -> None:
     assert ParquetLogs(platform(tmp_path)).read(DAY).impressions["impression_id"].to_list() == ["a"]
 
 
-@pytest.mark.parametrize("stray", ["b.csv", "hour=01/b.parquet"])
+@pytest.mark.parametrize("stray", ["b.csv", "hour=01/b.parquet", f"ds={DAY}/b.parquet", "_b.parquet", ".b.parquet"])
 def test_rows_beside_the_files_are_not_passed_over(tmp_path: Path, stray: str) -> None:
     folder = tmp_path / "impressions" / f"ds={DAY}"
     write(folder / "a.parquet", rows("a"))
@@ -145,6 +146,24 @@ def test_a_look_finds_what_a_day_lacks(tmp_path: Path) -> None:
         source.look(DAY)
     write(path, scores.with_columns(score_click=0.5))
     source.look(DAY)
+
+
+def test_a_doubled_column_is_named(tmp_path: Path) -> None:
+    table = rows("a").to_arrow()
+    path = tmp_path / "impressions" / f"{DAY}.parquet"
+    path.parent.mkdir()
+    pq.write_table(table.append_column("price", table["price"]), path)
+    with pytest.raises(BadFile, match=r"column price: such columns, expected one \(received 2\)"):
+        ParquetLogs(platform(tmp_path)).read(DAY)
+
+
+@pytest.mark.parametrize("folder", ["zip://imp::/nowhere.zip", "nothing://logs"])
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path, folder: str) -> None:
+    if folder.startswith("zip"):
+        (tmp_path / "no.zip").write_text("no zip")
+        folder = f"zip://imp::{tmp_path}/no.zip"
+    with pytest.raises(BadFile, match="the folder cannot be opened"):
+        ParquetLogs(platform(folder)).look(DAY)
 
 
 def test_absent_day_names_file_and_day(tmp_path: Path) -> None:
