@@ -24,13 +24,13 @@ def test_numbers_stay_and_missing_ones_are_0():
 def test_it_is_trained_and_compared_as_an_ablation_is(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(ARCHITECTURES, NAME, ARCHITECTURE)  # other tests do not know it
     site = copy_of(studied, tmp_path).site
-    table = compare(site, DAYS[1], 2)
+    table = compare(site, DAYS[1], 1)
     cells = table.drop_nulls(["surface", "product"])
-    assert set(cells["seeds"]) == {2}
+    assert set(cells["seeds"]) == {1}
     assert len(cells.filter(cells["bucket"].is_null())) == 18
     assert report(table).count("[") == 1 + len(site.platform.tasks)
     folders = [f for f in site.experiments.iterdir() if f.is_dir() and f"-{NAME}-" in f.name]
-    assert len(folders) == 2
+    assert len(folders) == 1
     parts = list(checkpoint.load(folders[0]).model.modules())
     assert not [part for part in parts if isinstance(part, DomainNorm | SqueezeExcitation)]
 
