@@ -20,7 +20,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-import sql
+from mtmd_assets.assets.experiment_scoring import current_models, scored_data
+from mtmd_assets.assets.improvements import predictions_of
 from mtmd_assets.contenders import change_of
 from mtmd_assets.faults import UsageError
 from mtmd_assets.home import Home, Site
@@ -69,19 +70,23 @@ def compare(site: Site, day: date, seeds: int) -> pl.DataFrame:
         seeds: how many of each.
 
     Raises:
-        UsageError: fewer seeds of MTMD are published of the day.
+        UsageError: fewer seeds of MTMD are published of the day, by today's code and settings.
     """
     ARCHITECTURES[NAME] = ARCHITECTURE
-    ours = _published(site, day, seeds)
+    with site.warehouse.connect() as con:
+        create_evaluated(con, site.platform, site.warehouse, day)
+        rows = con.sql("FROM evaluated ORDER BY impression_id").to_arrow_table()
+        current = {t.seed for t in current_models(con, site, day, scored_data(con)) if t.model == "mtmd"}
+        if not current.issuperset(range(seeds)):
+            of_today = f"of today's code and settings (mtmd results); there are {sorted(current)}"
+            raise UsageError(f"{site.platform.name}: {day} has not {seeds} seeds of mtmd published {of_today}")
+        ours = predictions_of(con, [day], "mtmd", range(seeds))
     change = replace(change_of(site.platform, "mtmd"), architecture=NAME)
     first = 1000 * day.toordinal()
     trainings = {f"{NAME}-{n}": (change, first + n) for n in range(seeds)}
     jobs = list(training_jobs(site, site.platform.window(day - timedelta(1)), trainings).values())
     # in this process, for another does not know the architecture
     train_all([job for job in jobs if not job.trained], 1, lambda line: print(f"    {line}", flush=True))
-    with site.warehouse.connect() as con:
-        create_evaluated(con, site.platform, site.warehouse, day)
-        rows = con.sql("FROM evaluated ORDER BY impression_id").to_arrow_table()
     theirs = pl.concat(
         ours.filter(pl.col("seed") == n)
         .drop("probability")
@@ -89,17 +94,6 @@ def compare(site: Site, day: date, seeds: int) -> pl.DataFrame:
         for n, job in enumerate(jobs)
     )
     return improvement_table(ours, theirs)
-
-
-def _published(site: Site, day: date, seeds: int) -> pl.DataFrame:
-    """MTMD's predictions of the first seeds."""
-    wanted = list(range(seeds))
-    with site.warehouse.connect() as con:
-        params = {"model": "mtmd", "first": day, "last": day, "seeds": wanted}
-        found = con.sql(sql.text("compared_predictions"), params=params).pl()
-    if sorted(found["seed"].unique()) != wanted:
-        raise UsageError(f"{site.platform.name}: {day} has not {seeds} seeds of mtmd published (mtmd results)")
-    return found
 
 
 def _predicted(probabilities: Mapping[str, Any], rows: pa.Table) -> pl.DataFrame:

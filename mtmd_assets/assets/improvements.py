@@ -82,7 +82,7 @@ def compare(site: Site, last: date, run_id: str, log: Callable[[str], None]) -> 
                     f"{', '.join(map(str, days))}"
                 )
                 continue
-            ours, theirs = (_predictions_of(con, days, name, seeds) for name in ("mtmd", model))
+            ours, theirs = (predictions_of(con, days, name, seeds) for name in ("mtmd", model))
             table = improvement_table(ours, theirs).join(
                 _by_rows(ours, theirs), on=["surface", "task", "bucket"], how="left", nulls_equal=True
             )
@@ -147,9 +147,7 @@ def _by_rows(ours: "pl.DataFrame", theirs: "pl.DataFrame") -> "pl.DataFrame":
     )
 
 
-def _predictions_of(
-    con: "DuckDBPyConnection", days: Sequence[date], model: str, seeds: Sequence[int]
-) -> "pl.DataFrame":
+def predictions_of(con: "DuckDBPyConnection", days: Sequence[date], model: str, seeds: Sequence[int]) -> "pl.DataFrame":
     """A model's predictions on consecutive days, each with its bucket."""
     params = {"model": model, "first": days[0], "last": days[-1], "seeds": list(seeds)}
     return con.sql(sql.text("compared_predictions"), params=params).pl()

@@ -53,10 +53,12 @@ class ParquetLogs:
         Raises:
             BadFile: if the day has no file, or its first cannot be read or lacks a column.
         """
-        folders = {self.source.impressions: self.impressions}
-        if self.source.heavyweight_scores is not None:
-            folders[self.source.heavyweight_scores] = self.scores
-        for folder, columns in folders.items():
+        for folder, columns in (
+            (self.source.impressions, self.impressions),
+            (self.source.heavyweight_scores, self.scores),
+        ):
+            if folder is None:
+                continue
             fs, root = self._open(folder, day)
             with self._file(fs, self._files(fs, root, folder, day)[0], columns, day):
                 pass
@@ -104,11 +106,11 @@ class ParquetLogs:
         paths = []
         for path, kind in sorted((str(f["name"]).rstrip("/"), f["type"]) for f in found):
             name = path.rpartition("/")[2]
-            if path.strip("/") == among.strip("/"):  # object stores list the folder itself
+            hidden, parquet = name.startswith(("_", ".")), name.endswith(".parquet")
+            # Object stores list the folder itself, and writers leave markers, checksums and `_temporary`.
+            if path.strip("/") == among.strip("/") or (hidden and not parquet):
                 continue
-            if name.startswith(("_", ".")) and not name.endswith(".parquet"):  # a marker, a checksum, _temporary
-                continue
-            if kind == "directory" or not name.endswith(".parquet") or name.startswith(("_", ".")):
+            if hidden or not parquet or kind == "directory":
                 raise BadFile("expected files *.parquet alone", file=f"{folder}/ds={day}", day=day, received=name)
             paths.append(path)
         if paths and single:
@@ -141,7 +143,7 @@ class ParquetLogs:
                         wanted = "no such column" if ours == name else f"no such column, for our {ours}"
                         raise BadFile(wanted, file=path, day=day, column=name, received=sorted(set(present)))
                     if (times := present.count(name)) > 1:
-                        raise BadFile("such columns, expected one", file=path, day=day, column=name, received=times)
+                        raise BadFile("more than one such column", file=path, day=day, column=name, received=times)
                 yield file
         except (OSError, pa.ArrowException, EOFError) as e:
             raise BadFile(f"not readable as Parquet: {str(e).splitlines()[0]}", file=path, day=day) from e

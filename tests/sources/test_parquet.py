@@ -153,17 +153,23 @@ def test_a_doubled_column_is_named(tmp_path: Path) -> None:
     path = tmp_path / "impressions" / f"{DAY}.parquet"
     path.parent.mkdir()
     pq.write_table(table.append_column("price", table["price"]), path)
-    with pytest.raises(BadFile, match=r"column price: such columns, expected one \(received 2\)"):
+    with pytest.raises(BadFile, match=r"column price: more than one such column \(received 2\)"):
         ParquetLogs(platform(tmp_path)).read(DAY)
 
 
-@pytest.mark.parametrize("folder", ["zip://imp::/nowhere.zip", "nothing://logs"])
-def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path, folder: str) -> None:
-    if folder.startswith("zip"):
-        (tmp_path / "no.zip").write_text("no zip")
-        folder = f"zip://imp::{tmp_path}/no.zip"
+@pytest.mark.parametrize("scheme", ["zip://logs::", "nothing://"])
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "no.zip").write_text("no zip")
+    folder = f"{scheme}{tmp_path}/no.zip"
     with pytest.raises(BadFile, match="the folder cannot be opened"):
         ParquetLogs(platform(folder)).look(DAY)
+
+
+def test_a_look_at_two_tables_in_one_folder(tmp_path: Path) -> None:
+    write(tmp_path / "impressions" / f"{DAY}.parquet", rows("a").drop("price"))
+    source = ParquetLogs(platform(tmp_path, f', heavyweight_scores: "{tmp_path}/impressions"'))
+    with pytest.raises(BadFile, match="column price: no such column"):
+        source.look(DAY)
 
 
 def test_absent_day_names_file_and_day(tmp_path: Path) -> None:
